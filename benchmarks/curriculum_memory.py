@@ -99,7 +99,8 @@ def work(pickled: bytes, queue) -> None:
 
 
 def set_up(size: int) -> dict[str, float]:
-    from effscale.curriculum import Difficulty, DifficultyIndex, curriculum_rows
+    from effscale.curriculum import Difficulty, curriculum_rows
+    from effscale.curriculum.index import DifficultyIndex
     from effscale.training import LinearPacing
 
     spawn = multiprocessing.get_context("spawn")

@@ -70,7 +70,8 @@ def step() -> dict[str, float]:
 def _store(folder: str):
     import numpy as np
 
-    from effscale.data import TokenStore, TokenStoreWriter
+    from effscale.data import TokenStore
+    from effscale.data.writer import TokenStoreWriter
 
     rng = np.random.default_rng(0)
     path = pathlib.Path(folder) / "store"

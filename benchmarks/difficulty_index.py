@@ -24,7 +24,7 @@ VOCABULARY, LENGTH, DOCUMENT, WORKERS = 50_257, 1024, 700, 2
 
 def write_store(folder: pathlib.Path, num_tokens: int) -> None:
     """Write in small pieces, so that this process is smaller than every process of the analysis."""
-    from effscale.data import TokenStoreWriter
+    from effscale.data.writer import TokenStoreWriter
 
     rng = np.random.default_rng(0)
     cumulative = np.cumsum(1 / np.arange(1, VOCABULARY + 1))

@@ -8,7 +8,8 @@ import pytest
 
 from effscale import atomic as module
 from effscale.atomic import atomic_file, atomic_folder
-from effscale.data import DiskFullError, TokenStoreWriter
+from effscale.data import DiskFullError
+from effscale.data.writer import TokenStoreWriter
 
 
 def test_the_folder_appears_when_the_block_ends(tmp_path):
@@ -71,7 +72,7 @@ def test_other_errors_of_the_system_pass_through(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from effscale.data import TokenStoreWriter
+from effscale.data.writer import TokenStoreWriter
 with TokenStoreWriter(sys.argv[1], vocab_size=10) as writer:
     writer.add_document([1, 2, 3])
     os.kill(os.getpid(), signal.SIGKILL)

@@ -245,7 +245,7 @@ def test_every_experiment_has_a_page_and_presets():
 
     for page in (ROOT / "experiments").glob("*/README.md"):
         name = page.parent.name
-        tool = "effscale.plan" if name == "scale" else f"effscale.experiments.{name}"
+        tool = "effscale.plan.config" if name == "scale" else f"effscale.experiments.{name}"
         module = importlib.import_module(tool)
         assert {"smoke", "default", "paper"} <= module.PRESETS.keys()
         assert f"({name}/README.md)" in text_of(ROOT / "experiments" / "README.md")

@@ -5,7 +5,9 @@ import os
 import pytest
 import tokenizers
 
-from effscale.data import StandardLibrary, TokenStoreWriter, prepare_corpus, save_tokenizer
+from effscale.data import StandardLibrary, prepare_corpus
+from effscale.data.tokenizer import save_tokenizer
+from effscale.data.writer import TokenStoreWriter
 from effscale.interop import save_pretrained
 from effscale.models import abstract_model, preset
 from effscale.study.command import messages

@@ -22,8 +22,9 @@ from effscale.models import (
     build_context,
     llama,
 )
-from effscale.quant import PackedWeight, Recipe, Rule, quantize_model, w8a8
+from effscale.quant import Recipe, Rule, quantize_model, w8a8
 from effscale.quant.formats import Format
+from effscale.quant.packed import PackedWeight
 from kernels_pallas.aot import Program
 
 TPUS = ("v5e", "v6e")

@@ -32,7 +32,8 @@ from effscale.models import (
 )
 from effscale.parallel import use_rules
 from effscale.parallel.lowering import lower_step, placed, placed_rows
-from effscale.rlhf import Experience, RolloutConfig, actor_loss, critic_loss, response_log_probs
+from effscale.rlhf import RolloutConfig, actor_loss, critic_loss, response_log_probs
+from effscale.rlhf.experience import Experience
 from effscale.rlhf.rollout import rollout_model
 from effscale.training import AdamWConfig, Clip, create_train_state, make_train_step
 from kernels_pallas.aot import Program

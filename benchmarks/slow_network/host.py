@@ -17,15 +17,8 @@ import optax
 from flax import nnx
 
 from effscale.models import Transformer, gpt2
-from effscale.optim import (
-    MeanOverWorkersState,
-    Workers,
-    lamb,
-    mean_over_workers,
-    onebit_adam,
-    onebit_lamb,
-    zero_one_adam,
-)
+from effscale.optim import Workers, lamb, mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
+from effscale.optim.averaging import MeanOverWorkersState
 from effscale.parallel import MeshConfig, initialize, per_worker, shard_batch, shardings
 from effscale.parallel.workers import gather
 from effscale.study.host import keep_freed_memory

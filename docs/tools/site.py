@@ -38,8 +38,6 @@ API = {
     "effscale.training": "docs/training.md",
     "effscale.run": "docs/runs.md",
     "effscale.study": "docs/runs.md",
-    "effscale.plan": "docs/scale.md",
-    "effscale.chat": "docs/rlhf.md",
     "effscale.generation": "docs/generation.md",
     "effscale.evaluation": "docs/evaluation.md",
     "effscale.interop.harness": "docs/evaluation.md",

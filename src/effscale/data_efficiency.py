@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from effscale.curriculum import Ranking, SequenceLengthCurriculum, VocabularyRarity, rank
+from effscale.curriculum import SequenceLengthCurriculum, VocabularyRarity
+from effscale.curriculum.ranking import Ranking, rank
 from effscale.ltd import RandomLTD, layer_token_average, training_flops
 from effscale.models import TransformerConfig
 from effscale.options import Bounds, Options, PositiveInt, check
@@ -252,7 +253,7 @@ def rank_by_rarity(rows: "PackedTokens") -> Ranking:
     use ``effscale.curriculum.analyze``.
     """
     from effscale.curriculum.analysis.rows import read_rows  # imports grain, which is slow
-    from effscale.data import token_counts
+    from effscale.data.statistics import token_counts
 
     metric = VocabularyRarity(token_counts(rows.store))
     starts = range(0, len(rows), 1024)

@@ -57,7 +57,7 @@ from effscale.training.serialize import to_json
 from effscale.training.staged import Changes
 from effscale.training.step import LossFunction, count_tokens
 
-__all__ = ["Run", "Trained"]
+__all__ = ["Run"]
 
 
 class Trained(NamedTuple):

@@ -7,9 +7,9 @@ import jax
 import pytest
 from flax import nnx
 
-from effscale.chat import Config, main
+from effscale.chat.config import Config
 from effscale.chat.conversation import Conversation
-from effscale.chat.terminal import run
+from effscale.chat.terminal import main, run
 from effscale.data import train_tokenizer
 from effscale.generation import SamplingConfig, generate
 from effscale.interop import save_pretrained

@@ -11,8 +11,9 @@ import jax
 import pytest
 from flax import nnx
 
-from effscale.chat import Config, main
+from effscale.chat.config import Config
 from effscale.chat.conversation import Conversation
+from effscale.chat.terminal import main
 from effscale.data import train_tokenizer
 from effscale.generation import SamplingConfig
 from effscale.interop import save_pretrained

@@ -30,7 +30,8 @@ from effscale.curriculum.metrics import (
     sequence_length,
 )
 from effscale.curriculum.ranking import check_ranking
-from effscale.data import DiskFullError, MegatronTokens, PackedTokens, TokenStore, TokenStoreWriter
+from effscale.data import DiskFullError, MegatronTokens, PackedTokens, TokenStore
+from effscale.data.writer import TokenStoreWriter
 
 
 @pytest.fixture(scope="module")

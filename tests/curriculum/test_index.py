@@ -11,7 +11,8 @@ from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import CorruptIndexError, DifficultyIndex, write_manifest
 from effscale.curriculum.metrics import LengthThenRarity, VocabularyRarity, sequence_length
 from effscale.curriculum.ranking import Ranking
-from effscale.data import PackedTokens, TokenStore, TokenStoreWriter
+from effscale.data import PackedTokens, TokenStore
+from effscale.data.writer import TokenStoreWriter
 
 
 def make_rows(folder, seed=0, **options):

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from effscale.data import TokenStore, TokenStoreWriter, train_tokenizer
+from effscale.data import TokenStore, train_tokenizer
+from effscale.data.writer import TokenStoreWriter
 
 
 @pytest.fixture(scope="session")

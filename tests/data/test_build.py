@@ -5,10 +5,11 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.data import Document, encode_documents, write_store
+from effscale.data import Document, write_store
 from effscale.data import build as build_module
 from effscale.data import encode as encode_module
 from effscale.data import tokenizer as tokenizer_module
+from effscale.data.encode import encode_documents
 
 
 def as_documents(texts):

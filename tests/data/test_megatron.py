@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.data import PackedTokens, TokenStore, TokenStoreWriter, packed_rows, token_counts
+from effscale.data import PackedTokens, TokenStore, packed_rows
 from effscale.data.megatron import CorruptIndexedDataError, MegatronTokens, read_indexed
+from effscale.data.statistics import token_counts
+from effscale.data.writer import TokenStoreWriter
 
 DEEPSPEED = {"u1": 1, "i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<u2": 6, "<u4": 7, "<u8": 8}
 MEGATRON_UINT16 = 8

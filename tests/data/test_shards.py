@@ -8,14 +8,9 @@ import grain
 import numpy as np
 import pytest
 
-from effscale.data import (
-    CorruptTokenStoreError,
-    TokenShards,
-    TokenStoreWriter,
-    batch_rows,
-    make_dataset,
-    packed_rows,
-)
+from effscale.data import TokenShards, batch_rows, make_dataset, packed_rows
+from effscale.data.store import CorruptTokenStoreError
+from effscale.data.writer import TokenStoreWriter
 
 LENGTH = 4
 

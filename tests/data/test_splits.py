@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.data import Document, Splits, sample_texts, write_splits
+from effscale.data import Document, Splits, write_splits
+from effscale.data.sampling import sample_texts
 
 
 def test_fractions_hold_and_do_not_depend_on_place():

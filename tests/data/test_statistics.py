@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.data import token_counts, unigram_entropy
+from effscale.data import unigram_entropy
+from effscale.data.statistics import token_counts
 
 
 def test_known_entropies(make_store):

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.data import CorruptTokenStoreError, TokenStore, TokenStoreWriter
-from effscale.data.store import manifest_digest
+from effscale.data import TokenStore
+from effscale.data.store import CorruptTokenStoreError, manifest_digest
+from effscale.data.writer import TokenStoreWriter
 
 documents = st.lists(st.lists(st.integers(0, 99), max_size=12), max_size=12)
 

@@ -5,15 +5,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.data import (
-    BLOOM_TOKENS,
-    fertility,
-    read_tokenizer,
-    save_tokenizer,
-    separator_id,
-    train_tokenizer,
-)
-from effscale.data.tokenizer import split_text, tokenizer_digest
+from effscale.data import BLOOM_TOKENS, fertility, read_tokenizer, train_tokenizer
+from effscale.data.tokenizer import save_tokenizer, separator_id, split_text, tokenizer_digest
 
 
 @given(text=st.text(max_size=80))

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from effscale.data import CorruptTokenStoreError, TokenStore, verified
+from effscale.data import TokenStore, verified
+from effscale.data.store import CorruptTokenStoreError
 
 
 @pytest.fixture

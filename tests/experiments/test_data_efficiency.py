@@ -11,8 +11,9 @@ from effscale.experiments import data_efficiency
 from effscale.experiments.data_efficiency import PRESETS, plan, run
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.models import num_params, preset
-from effscale.study import Point, Search, Table
+from effscale.study import Point, Search
 from effscale.study.command import conduct, parse
+from effscale.study.table import Table
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from flax import nnx
 
 from effscale.data import train_tokenizer
 from effscale.generation import (
-    AnswerText,
-    Generated,
     SamplingConfig,
     answer_texts,
     decode,
@@ -25,6 +23,8 @@ from effscale.generation import (
     stream_text,
 )
 from effscale.generation.checks import checked_processors
+from effscale.generation.decoding import Generated
+from effscale.generation.text import AnswerText
 from effscale.models import Transformer, gpt2, unroll
 
 TEXT = "Some words, a naïve café, 東京 and 🙂 again; then some words more. "

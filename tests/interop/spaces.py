@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from effscale.interop.families import FAMILIES, Family
+from effscale.interop.families import FAMILIES
+from effscale.interop.families.family import Family
 from effscale.interop.families.fields import ACTIVATIONS
 from effscale.interop.tensors import TensorInfo
 from effscale.models import TransformerConfig

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effscale import data as text
+from effscale.data.tokenizer import separator_id
 from effscale.interop import load_pretrained, load_tokenizer, save_pretrained
 from effscale.interop.describe import describe, essence
 from effscale.interop.families import FAMILIES
@@ -294,7 +295,7 @@ def test_a_model_and_a_tokenizer_made_here(name, tmp_path):
     ids = tokenizer.encode("the lowest, newest").ids
     assert auto("the lowest, newest")["input_ids"] == ids
     assert load_tokenizer(tmp_path).encode("the lowest, newest").ids == ids
-    assert auto.eos_token_id == theirs.config.eos_token_id == text.separator_id(tokenizer)
+    assert auto.eos_token_id == theirs.config.eos_token_id == separator_id(tokenizer)
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor([ids])).logits.numpy()
     found = jax.jit(lambda m, x: m(x))(model, np.array([ids], np.int32))

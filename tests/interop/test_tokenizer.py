@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from effscale import data
+from effscale.data.tokenizer import save_tokenizer
 from effscale.interop import FolderError, load_tokenizer
 
 TEXTS = [
@@ -36,7 +37,7 @@ def byte_level(tmp_path_factory):
     """A folder with a tokenizer.json, and one with the same as vocab.json and merges.txt."""
     whole, parts = (tmp_path_factory.mktemp(name) for name in ("json", "parts"))
     tokenizer = data.train_tokenizer(TEXTS * 3, vocab_size=320)
-    data.save_tokenizer(tokenizer, whole)
+    save_tokenizer(tokenizer, whole)
     tokenizer.model.save(str(parts))
     config(whole, "gpt2", 320)
     config(parts, "gpt2", 320)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.ltd import dropping_layers, sample_kept
+from effscale.ltd import sample_kept
+from effscale.ltd.layers import dropping_layers
 from effscale.models import (
     abstract_model,
     bert,

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from effscale.ltd import KeptTokens, RandomLTD, mslg, token_dropping
+from effscale.ltd import RandomLTD, mslg, token_dropping
+from effscale.ltd.schedule import KeptTokens
 from effscale.models import gpt2
 from effscale.parallel import MeshConfig, shard_batch
 from effscale.training import (

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.ltd import put_tokens, sample_kept, take_context, take_tokens
+from effscale.ltd import put_tokens, sample_kept, take_tokens
+from effscale.ltd.tokens import take_context
 from effscale.models import Rotary, build_context
 
 KEPT = jnp.array([[0, 3, 4], [1, 2, 5]])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from effscale.generation import SamplingConfig, decode
 from effscale.models import MLPConfig, Transformer, gpt2
 from effscale.models.context import build_context
-from effscale.moe import MoEConfig, RouterConfig, expert_choice, with_experts
+from effscale.moe import MoEConfig, RouterConfig, with_experts
+from effscale.moe.routing import expert_choice
 from effscale.parallel import MeshConfig, shard, shard_batch
 
 D, E = 8, 4

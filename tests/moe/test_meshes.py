@@ -18,9 +18,8 @@ from effscale.parallel import (
     ragged_all_to_all,
     shard,
     shard_batch,
-    to_experts,
-    to_tokens,
 )
+from effscale.parallel.expert_exchange import to_experts, to_tokens
 from effscale.training import next_token_loss
 
 D, E = 16, 8

@@ -18,7 +18,8 @@ from jax.sharding import AxisType, Mesh
 
 from effscale.models import Transformer, num_params, preset
 from effscale.optim import Workers, onebit_adam
-from effscale.parallel import AXES, batch_sharding, collectives, per_worker, shardings
+from effscale.parallel import batch_sharding, collectives, per_worker, shardings
+from effscale.parallel.mesh import AXES
 from effscale.training import create_train_state, make_train_step, next_token_loss
 
 slices = int(sys.argv[1])

@@ -6,7 +6,8 @@ import sys
 import jax
 import numpy as np
 
-from effscale.parallel import ending_together, initialize, on_first
+from effscale.parallel import ending_together, initialize
+from effscale.parallel.peers import on_first
 
 how, which = sys.argv[1], int(sys.argv[2])
 

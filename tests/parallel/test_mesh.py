@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from effscale.parallel import AXES, MeshConfig
-from effscale.parallel.mesh import over_slices
+from effscale.parallel import MeshConfig
+from effscale.parallel.mesh import AXES, over_slices
 
 
 def test_default_is_data_parallel_over_all_devices():

@@ -11,19 +11,19 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effscale.parallel import (
-    AXES,
     DEFAULT_RULES,
-    BatchShard,
     MeshConfig,
     batch_shard,
     batch_sharding,
     constrain,
-    current_rules,
     shard,
     shard_batch,
     shardings,
     use_rules,
 )
+from effscale.parallel.mesh import AXES
+from effscale.parallel.placement import BatchShard
+from effscale.parallel.rules import current_rules
 
 
 class Dense(nnx.Module):

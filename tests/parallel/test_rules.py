@@ -8,15 +8,9 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from effscale.parallel import (
-    AXES,
-    DEFAULT_RULES,
-    Rules,
-    constrain,
-    current_rules,
-    logical_spec,
-    use_rules,
-)
+from effscale.parallel import DEFAULT_RULES, constrain, use_rules
+from effscale.parallel.mesh import AXES
+from effscale.parallel.rules import Rules, current_rules, logical_spec
 
 MESH = AbstractMesh((2, 2, 2, 2), AXES)
 

@@ -14,18 +14,11 @@ from effscale.moe import MoEConfig, with_experts
 from effscale.parallel import MeshConfig
 from effscale.parallel.machines import CHIPS, Machine, machine
 from effscale.parallel.program_cost import link_speed
-from effscale.plan import (
-    PRESETS,
-    Config,
-    comparison,
-    experiment,
-    main,
-    models,
-    report,
-    worker,
-)
+from effscale.plan import comparison, experiment, models, report, worker
 from effscale.plan.cases import Case
+from effscale.plan.config import PRESETS, Config
 from effscale.plan.estimate import _attention, estimate
+from effscale.plan.experiment import main
 from effscale.plan.schedules import rounds, stages_of
 
 GPT2 = Case(

@@ -14,8 +14,10 @@ from effscale.models import Affine, Weight, add_lora, matmul, matmuls
 from effscale.models.layers import Dense
 from effscale.models.weights import dense, take, transpose
 from effscale.parallel import MeshConfig, shard
-from effscale.quant import FakeQuantizedWeight, Format, PackedWeight, pack_weight, quantize
+from effscale.quant import Format, pack_weight, quantize
 from effscale.quant import packed as packed_module
+from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.packed import PackedWeight
 from effscale.quant.packing import pack, stored_bits, unpack
 from effscale.training.partition import trainable_mask
 

@@ -18,8 +18,6 @@ from effscale.parallel import MeshConfig, shard
 from effscale.quant import (
     BitSchedule,
     Format,
-    PackedWeight,
-    PrunedWeight,
     PruneRule,
     Pruning,
     Recipe,
@@ -35,6 +33,8 @@ from effscale.quant import (
     scheduled_step,
     top_k_mask,
 )
+from effscale.quant.packed import PackedWeight
+from effscale.quant.pruning.weight import PrunedWeight
 from effscale.training import (
     Checkpoints,
     Loss,

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.quant import Format, PackedWeight, from_qarray, pack_weight, to_qarray
+from effscale.quant import Format, from_qarray, pack_weight, to_qarray
+from effscale.quant.packed import PackedWeight
 
 qwix = pytest.importorskip("qwix", reason="qwix is not installed")
 

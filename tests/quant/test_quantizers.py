@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from effscale.quant import Format, fake_quantize, quantize, scale_shape
+from effscale.quant import Format, fake_quantize, quantize
+from effscale.quant.quantizers import scale_shape
 
 GOLDEN = np.array([[-1.0, -0.5, 0.0, 0.25, 0.9, 1.0]], np.float32)
 

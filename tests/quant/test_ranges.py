@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from effscale.models import Transformer, by_layer, gpt2
-from effscale.quant import Format, InputRange, Recipe, Rule, input_ranges, quantize_model, w8a8
+from effscale.quant import Format, Recipe, Rule, input_ranges, quantize_model, w8a8
+from effscale.quant.inputs import InputRange
 
 CONFIG = gpt2(num_layers=2, d_model=32, num_heads=2, vocab_size=64, max_length=16)
 LAYERS = r"layers\..*kernel"

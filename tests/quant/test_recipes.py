@@ -15,7 +15,6 @@ from effscale.models.layers import Dense
 from effscale.moe import MoEConfig, with_experts
 from effscale.quant import (
     Format,
-    PackedWeight,
     Recipe,
     Rule,
     dequantize_model,
@@ -27,6 +26,7 @@ from effscale.quant import (
     w4a16,
     w8a8,
 )
+from effscale.quant.packed import PackedWeight
 from effscale.training import Checkpoints, create_train_state, make_train_step, next_token_loss
 from effscale.training.partition import combine, partition
 

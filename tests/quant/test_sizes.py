@@ -7,7 +7,6 @@ from flax import nnx
 from effscale.models import ClassHead, Transformer, bert, gpt2, take_layers
 from effscale.quant import (
     Format,
-    ModelSize,
     Recipe,
     Rule,
     fake_quantize_model,
@@ -18,6 +17,7 @@ from effscale.quant import (
     w4a8,
     w8a8,
 )
+from effscale.quant.sizes import ModelSize
 
 MEBIBYTE = 2**20
 

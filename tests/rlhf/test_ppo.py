@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.generation import Generated
+from effscale.generation.decoding import Generated
 from effscale.rlhf import (
     DEEPSPEED_CHAT,
-    PolicyLossConfig,
     adaptive_kl,
     gae,
     group_advantages,
@@ -22,7 +21,7 @@ from effscale.rlhf import (
     value_loss,
     whiten,
 )
-from effscale.rlhf.policy_loss import masked_average
+from effscale.rlhf.policy_loss import PolicyLossConfig, masked_average
 from effscale.rlhf.rewards import with_next
 
 

@@ -13,7 +13,8 @@ import optax
 import pytest
 from flax import nnx
 
-from effscale.generation import Generated, SamplingConfig, decode
+from effscale.generation import SamplingConfig, decode
+from effscale.generation.decoding import Generated
 from effscale.models import ClassHead, Transformer, add_lora, gpt2, is_adapter, merge_lora
 from effscale.parallel import MeshConfig, shard, shard_batch, to_host_memory
 from effscale.quant import quantize_model, w8a8

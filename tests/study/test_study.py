@@ -15,9 +15,10 @@ import optax
 import pytest
 
 from effscale.run import Run
-from effscale.study import Arm, Curves, Finals, Point, Search, Study, Table, Tradeoff, interval
+from effscale.study import Arm, Curves, Finals, Point, Search, Study, Tradeoff, interval
 from effscale.study.command import conduct, parse
 from effscale.study.folder import StudyPart
+from effscale.study.table import Table
 from effscale.training import Evaluation, Loss
 from effscale.training.errors import StoppedBySignal
 

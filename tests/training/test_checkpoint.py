@@ -19,13 +19,13 @@ from effscale.training import (
     RunFolder,
     abstract,
     create_train_state,
-    ema_model,
     make_train_step,
     read_checkpoint_config,
     restore_model,
     resume_or_start,
 )
 from effscale.training.checkpoint_files import step_folder
+from effscale.training.state import ema_model
 
 OPTIMIZER = AdamWConfig().build(1e-2)
 

@@ -18,13 +18,13 @@ from effscale.training import (
     TrainState,
     abstract,
     create_train_state,
-    ema_model,
     fit,
     make_train_step,
     restore_model,
     resume_or_start,
 )
 from effscale.training.items import items_of, state_of
+from effscale.training.state import ema_model
 
 WARMUP = 3  # steps of the phase in which the critic learns alone
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)

@@ -16,12 +16,12 @@ from effscale.training import (
     ScheduleConfig,
     by_tokens,
     create_train_state,
-    ema_model,
     evaluate,
     make_eval_step,
     make_train_step,
     named_leaves,
 )
+from effscale.training.state import ema_model
 from effscale.training.step import count_tokens, split_batch
 
 guarded_update = importlib.import_module("effscale.training.guarded_update")

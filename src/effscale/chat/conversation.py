@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import jax
 
 from effscale.chat.config import Config
-from effscale.generation import AnswerText, SamplingConfig, stream
+from effscale.generation import SamplingConfig, stream
+from effscale.generation.text import AnswerText
 from effscale.interop import load_encoder, load_pretrained, sampling_from_folder
 from effscale.models import Transformer, unroll
-from effscale.rlhf.data import Message, PlainFormat, RecordEncoder, RecordError
+from effscale.rlhf.data import Message, RecordEncoder, RecordError
+from effscale.rlhf.data.chat import PlainFormat
 
 BUCKET = 64
 """Prompts are padded to multiples of this, so that only a few lengths are compiled."""

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING
 from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from effscale.curriculum.analysis.analyze import (
-        AnalysisProgress,
-        accumulate,
-        analyze,
-        count_vocabulary,
-    )
-    from effscale.curriculum.digests import fingerprint
-    from effscale.curriculum.index import CorruptIndexError, DifficultyIndex
+    from effscale.curriculum.analysis.analyze import analyze, count_vocabulary
     from effscale.curriculum.instability import (
         LossRatioWriter,
         loss_ratio,
@@ -26,47 +19,25 @@ if TYPE_CHECKING:
         with_metrics,
     )
     from effscale.curriculum.learning_rate import current_learning_rate, steps_then_tokens
-    from effscale.curriculum.lengths import (
-        SequenceLengthCurriculum,
-        reshape,
-        reshaped_rows,
-        truncate,
-        truncate_padded,
-    )
-    from effscale.curriculum.metrics import (
-        LengthThenRarity,
-        TokenCounts,
-        VocabularyRarity,
-        sequence_length,
-    )
+    from effscale.curriculum.lengths import SequenceLengthCurriculum, reshape, truncate_padded
+    from effscale.curriculum.metrics import LengthThenRarity, VocabularyRarity, sequence_length
     from effscale.curriculum.pools import Difficulty
-    from effscale.curriculum.ranking import Ranking, rank
     from effscale.curriculum.sampler import curriculum_rows
 
 __all__ = [
-    "AnalysisProgress",
-    "CorruptIndexError",
     "Difficulty",
-    "DifficultyIndex",
     "LengthThenRarity",
     "LossRatioWriter",
-    "Ranking",
     "SequenceLengthCurriculum",
-    "TokenCounts",
     "VocabularyRarity",
-    "accumulate",
     "analyze",
     "count_vocabulary",
     "current_learning_rate",
     "curriculum_rows",
-    "fingerprint",
     "loss_ratio",
-    "rank",
     "reshape",
-    "reshaped_rows",
     "sequence_length",
     "steps_then_tokens",
-    "truncate",
     "truncate_padded",
     "unstable_steps",
     "variance_metrics",

@@ -10,15 +10,13 @@ from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
     from effscale.atomic import DiskFullError
-    from effscale.data.build import Progress, write_splits, write_store
-    from effscale.data.corpus import Corpus, prepare_corpus, prepare_mixture
-    from effscale.data.documents import Document, DocumentError, SkipReport, Source
-    from effscale.data.encode import encode_documents
-    from effscale.data.megatron import CorruptIndexedDataError, MegatronTokens
+    from effscale.data.build import write_splits, write_store
+    from effscale.data.corpus import prepare_corpus, prepare_mixture
+    from effscale.data.documents import Document, DocumentError, SkipReport
+    from effscale.data.megatron import MegatronTokens
     from effscale.data.packing import PackedTokens
     from effscale.data.pipeline import batch_rows, make_dataset, packed_rows
-    from effscale.data.sampling import sample_texts
-    from effscale.data.shards import PackedShards, TokenShards
+    from effscale.data.shards import TokenShards
     from effscale.data.sources import (
         HuggingFace,
         JsonLines,
@@ -29,43 +27,27 @@ if TYPE_CHECKING:
         parse_source,
     )
     from effscale.data.splits import Splits
-    from effscale.data.statistics import token_counts, unigram_entropy
-    from effscale.data.store import CorruptTokenStoreError, TokenStore
-    from effscale.data.tokenizer import (
-        BLOOM_TOKENS,
-        fertility,
-        read_tokenizer,
-        save_tokenizer,
-        separator_id,
-        train_tokenizer,
-    )
-    from effscale.data.writer import TokenStoreWriter
+    from effscale.data.statistics import unigram_entropy
+    from effscale.data.store import TokenStore
+    from effscale.data.tokenizer import BLOOM_TOKENS, fertility, read_tokenizer, train_tokenizer
 
 __all__ = [
     "BLOOM_TOKENS",
-    "Corpus",
-    "CorruptIndexedDataError",
-    "CorruptTokenStoreError",
     "DiskFullError",
     "Document",
     "DocumentError",
     "HuggingFace",
     "JsonLines",
     "MegatronTokens",
-    "PackedShards",
     "PackedTokens",
     "Parquet",
-    "Progress",
     "SkipReport",
-    "Source",
     "Splits",
     "StandardLibrary",
     "TextFiles",
     "TokenShards",
     "TokenStore",
-    "TokenStoreWriter",
     "batch_rows",
-    "encode_documents",
     "fertility",
     "make_dataset",
     "packed_rows",
@@ -74,10 +56,6 @@ __all__ = [
     "prepare_corpus",
     "prepare_mixture",
     "read_tokenizer",
-    "sample_texts",
-    "save_tokenizer",
-    "separator_id",
-    "token_counts",
     "train_tokenizer",
     "unigram_entropy",
     "write_splits",

@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING
 from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from effscale.evaluation.continuations import ContinuationScores, score_continuations
+    from effscale.evaluation.continuations import score_continuations
     from effscale.evaluation.passing import pass_at_k
-    from effscale.evaluation.ranking import RankedAnswers, rank_answers
+    from effscale.evaluation.ranking import rank_answers
     from effscale.evaluation.texts import text_log_probs
 
 __all__ = [
-    "ContinuationScores",
-    "RankedAnswers",
     "pass_at_k",
     "rank_answers",
     "score_continuations",

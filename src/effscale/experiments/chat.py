@@ -1,6 +1,6 @@
 """The former name of ``effscale.chat``."""
 
-from effscale.chat import main
+from effscale.chat.terminal import main
 
 if __name__ == "__main__":
     main()

@@ -35,13 +35,8 @@ from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.prepared import Text, prepared_corpora
 from effscale.ltd import training_flops
 from effscale.models import MLPConfig, Transformer, TransformerConfig
-from effscale.moe import (
-    MoEConfig,
-    RouterConfig,
-    leaving_teacher,
-    mixture_of_students_loss,
-    with_experts,
-)
+from effscale.moe import MoEConfig, RouterConfig, mixture_of_students_loss, with_experts
+from effscale.moe.students import leaving_teacher
 from effscale.options import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, check
 from effscale.run import Run
 from effscale.study import Arm, Curves, Finals, Results, Study, Trial, command

@@ -1,6 +1,6 @@
 """The former name of ``effscale.plan``."""
 
-from effscale.plan import main
+from effscale.plan.experiment import main
 
 if __name__ == "__main__":
     main()

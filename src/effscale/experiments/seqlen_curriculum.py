@@ -33,10 +33,10 @@ from effscale.curriculum import (
     current_learning_rate,
     loss_ratio,
     steps_then_tokens,
-    truncate,
     unstable_steps,
     variance_metrics,
 )
+from effscale.curriculum.lengths import truncate
 from effscale.experiments.shared.config_parts import CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.prepared import Text, prepared_corpora

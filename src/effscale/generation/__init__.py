@@ -6,15 +6,13 @@ from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
     from effscale.generation.config import SamplingConfig
-    from effscale.generation.decoding import Generated, decode
+    from effscale.generation.decoding import decode
     from effscale.generation.generating import generate
     from effscale.generation.prompts import left_pad
     from effscale.generation.streaming import stream
-    from effscale.generation.text import AnswerText, answer_texts, stream_text
+    from effscale.generation.text import answer_texts, stream_text
 
 __all__ = [
-    "AnswerText",
-    "Generated",
     "SamplingConfig",
     "answer_texts",
     "decode",

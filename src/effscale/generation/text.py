@@ -151,7 +151,7 @@ def answer_texts(
     Example:
         >>> import jax.numpy as jnp
         >>> from effscale.data import train_tokenizer
-        >>> from effscale.generation import Generated
+        >>> from effscale.generation.decoding import Generated
         >>> tokenizer = train_tokenizer(["one two three"] * 3, vocab_size=262)
         >>> tokens = jnp.asarray([tokenizer.encode("one two three").ids])
         >>> prompt = len(tokenizer.encode("one").ids)

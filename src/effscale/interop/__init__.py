@@ -5,20 +5,10 @@ from typing import TYPE_CHECKING
 from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from effscale.interop.chat import load_chat_template, load_encoder
-    from effscale.interop.deepspeed.compression import (
-        DeepSpeedCompression,
-        compression_from_deepspeed,
-    )
-    from effscale.interop.deepspeed.curriculum import (
-        DeepSpeedCurriculum,
-        curriculum_from_deepspeed,
-        pacing_from_deepspeed,
-    )
-    from effscale.interop.deepspeed.difficulty_index import (
-        metric_from_deepspeed,
-        ranking_from_deepspeed,
-    )
+    from effscale.interop.chat import load_encoder
+    from effscale.interop.deepspeed.compression import compression_from_deepspeed
+    from effscale.interop.deepspeed.curriculum import curriculum_from_deepspeed
+    from effscale.interop.deepspeed.difficulty_index import ranking_from_deepspeed
     from effscale.interop.deepspeed.experts import (
         read_deepspeed_experts,
         read_deepspeed_rest,
@@ -36,21 +26,16 @@ if TYPE_CHECKING:
     from effscale.interop.tokenizer import load_tokenizer
 
 __all__ = [
-    "DeepSpeedCompression",
-    "DeepSpeedCurriculum",
     "FolderError",
     "compression_from_deepspeed",
     "curriculum_from_deepspeed",
     "load_adapter",
-    "load_chat_template",
     "load_encoder",
     "load_megatron_moe",
     "load_packed",
     "load_pretrained",
     "load_tokenizer",
-    "metric_from_deepspeed",
     "optimizer_from_deepspeed",
-    "pacing_from_deepspeed",
     "random_ltd_from_deepspeed",
     "ranking_from_deepspeed",
     "read_deepspeed_experts",

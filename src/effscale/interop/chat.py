@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from effscale.data import separator_id
+from effscale.data.tokenizer import separator_id
 from effscale.interop.folder import read_json
 from effscale.interop.gguf.file import GGUFFile
 from effscale.interop.gguf.tokenizer import gguf_tokenizer
@@ -41,7 +41,16 @@ class FolderChat(NamedTuple):
     def chat_template(
         self, name: str = "default", values: Mapping[str, Any] | None = None
     ) -> ChatTemplate | None:
-        """Return the chat template, as ``load_chat_template`` does."""
+        """Return the chat template; None if there is none.
+
+        Args:
+            name: Name of the template, if there are several.
+            values: Additional variables for the template, such as ``{"enable_thinking": False}``.
+
+        Raises:
+            TemplateError: The template is not a string, or is empty or too long.
+            ValueError: There are several templates, and none has that name.
+        """
         source = self.template
         if isinstance(source, list):
             named = {
@@ -60,30 +69,6 @@ class FolderChat(NamedTuple):
             raise TemplateError(f"the folder's chat template must be a string, got {source!r:.60}")
         tokens = {f"{role}_token": token for role, token in self.names.items()}
         return ChatTemplate(source=source, special_tokens=tokens, values=dict(values or {}))
-
-
-def load_chat_template(
-    folder: str | os.PathLike[str],
-    *,
-    name: str = "default",
-    values: Mapping[str, Any] | None = None,
-) -> ChatTemplate | None:
-    """Load the chat template of a model folder or GGUF file; None if there is none.
-
-    The template is read from ``chat_template.jinja``, or from the field ``chat_template`` of ``chat_template.json``
-    or ``tokenizer_config.json``.
-
-    Args:
-        folder: The folder.
-        name: Name of the template, if there are several.
-        values: Additional variables for the template, such as ``{"enable_thinking": False}``.
-
-    Raises:
-        FolderError: The folder does not exist, or a file cannot be read.
-        TemplateError: The template is not a string, or is empty or too long.
-        ValueError: There are several templates, and none has that name.
-    """
-    return read_chat(folder).chat_template(name, values)
 
 
 def load_encoder(

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from effscale.atomic import atomic_file
-from effscale.data import save_tokenizer, separator_id
+from effscale.data.tokenizer import save_tokenizer, separator_id
 from effscale.interop.folder import read_json
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.gguf.file import GGUFFile, gguf_config

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from effscale.interop.families import FAMILIES, Family
-from effscale.interop.families.family import Heads
+from effscale.interop.families import FAMILIES
+from effscale.interop.families.family import Family, Heads
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, TransformerConfig
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from effscale.interop.companions import Companions, model_type_of
 from effscale.interop.describe import describe
-from effscale.interop.families import Family
+from effscale.interop.families.family import Family
 from effscale.interop.files.writer import parse_size, write_tensors
 from effscale.interop.load import convert, float_type
 from effscale.interop.plan import Slot, parameters, plan, values_of

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from effscale.interop.families import FAMILIES, Family
-from effscale.interop.families.family import named_class
+from effscale.interop.families import FAMILIES
+from effscale.interop.families.family import Family, named_class
 from effscale.interop.families.llama import GGUF_TABLE, LLAMA
 from effscale.interop.folder import open_tensors, read_json
 from effscale.interop.foreign import Fields, reading, shown

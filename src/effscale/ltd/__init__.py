@@ -6,21 +6,17 @@ from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
     from effscale.ltd.accounting import layer_token_average, training_flops
-    from effscale.ltd.layers import dropping_layers
     from effscale.ltd.runner import token_dropping
     from effscale.ltd.sampling import sample_kept
-    from effscale.ltd.schedule import KeptTokens, RandomLTD, mslg
-    from effscale.ltd.tokens import put_tokens, take_context, take_tokens
+    from effscale.ltd.schedule import RandomLTD, mslg
+    from effscale.ltd.tokens import put_tokens, take_tokens
 
 __all__ = [
-    "KeptTokens",
     "RandomLTD",
-    "dropping_layers",
     "layer_token_average",
     "mslg",
     "put_tokens",
     "sample_kept",
-    "take_context",
     "take_tokens",
     "token_dropping",
     "training_flops",

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from effscale.parallel import constrain, current_rules
+from effscale.parallel import constrain
+from effscale.parallel.rules import current_rules
 
 # A separate branch of the key, so that the same key can be used for dropout.
 BRANCH = zlib.crc32(b"random-ltd")

@@ -16,7 +16,8 @@ from effscale.models.context import Context
 from effscale.models.layers import Dense, dropout
 from effscale.models.positions import Alibi, Positions, Rotary, alibi_slopes, rotate
 from effscale.models.weights import matmuls
-from effscale.parallel import constrain, current_rules
+from effscale.parallel import constrain
+from effscale.parallel.rules import current_rules
 from kernels_pallas import attention
 from kernels_pallas.attention import Alibi as AlibiBias
 from kernels_pallas.dispatch import Unsupported

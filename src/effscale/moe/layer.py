@@ -25,7 +25,9 @@ from effscale.moe.run_experts import (
     one_by_one,
 )
 from effscale.options import Options, PositiveInt, check
-from effscale.parallel import Exchange, auto_batch_axes, constrain, mesh_size
+from effscale.parallel import Exchange, constrain
+from effscale.parallel.constraint import auto_batch_axes
+from effscale.parallel.expert_exchange import mesh_size
 from kernels_pallas import dispatch
 
 Dispatch = Literal["table", "one_hot", "dropless"]

@@ -5,44 +5,22 @@ from typing import TYPE_CHECKING
 from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from effscale.optim.averaging import (
-        MeanOverWorkersState,
-        SkipNonfiniteState,
-        mean_over_workers,
-        skip_nonfinite,
-    )
-    from effscale.optim.compressed_mean import (
-        ErrorFeedback,
-        Residual,
-        compressed_mean,
-        init_error_feedback,
-    )
-    from effscale.optim.freezing import RatioState, VarianceRatio, params_without_variance
-    from effscale.optim.lamb import LambState, lamb
-    from effscale.optim.onebit_adam import OneBitAdamState, onebit_adam, scale_by_onebit_adam
-    from effscale.optim.onebit_lamb import OneBitLambState, onebit_lamb
+    from effscale.optim.averaging import mean_over_workers, skip_nonfinite
+    from effscale.optim.compressed_mean import compressed_mean, init_error_feedback
+    from effscale.optim.freezing import VarianceRatio, params_without_variance
+    from effscale.optim.lamb import lamb
+    from effscale.optim.onebit_adam import onebit_adam, scale_by_onebit_adam
+    from effscale.optim.onebit_lamb import onebit_lamb
     from effscale.optim.tensor_layout import compressed_mean_bytes, mean_bytes
     from effscale.optim.workers import Workers
-    from effscale.optim.zero_one.adam import ZeroOneAdamState, zero_one_adam
-    from effscale.optim.zero_one.policies import Policies, PolicyState, Round, halving_steps
-    from effscale.optim.zero_one.rules import OwnWay
+    from effscale.optim.zero_one.adam import zero_one_adam
+    from effscale.optim.zero_one.policies import Policies, Round, halving_steps
 
 __all__ = [
-    "ErrorFeedback",
-    "LambState",
-    "MeanOverWorkersState",
-    "OneBitAdamState",
-    "OneBitLambState",
-    "OwnWay",
     "Policies",
-    "PolicyState",
-    "RatioState",
-    "Residual",
     "Round",
-    "SkipNonfiniteState",
     "VarianceRatio",
     "Workers",
-    "ZeroOneAdamState",
     "compressed_mean",
     "compressed_mean_bytes",
     "halving_steps",

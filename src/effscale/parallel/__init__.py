@@ -9,21 +9,13 @@ from typing import TYPE_CHECKING
 from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from effscale.parallel.collectives import Collective, collectives
-    from effscale.parallel.constraint import auto_batch_axes, constrain
-    from effscale.parallel.expert_exchange import (
-        Exchange,
-        check_experts,
-        expert_axes,
-        mesh_size,
-        to_experts,
-        to_tokens,
-    )
-    from effscale.parallel.host_memory import on_devices, to_host_memory
-    from effscale.parallel.mesh import AXES, MeshConfig
-    from effscale.parallel.peers import collect_on_first, ending_together, on_first
+    from effscale.parallel.collectives import collectives
+    from effscale.parallel.constraint import constrain
+    from effscale.parallel.expert_exchange import Exchange
+    from effscale.parallel.host_memory import to_host_memory
+    from effscale.parallel.mesh import MeshConfig
+    from effscale.parallel.peers import ending_together
     from effscale.parallel.placement import (
-        BatchShard,
         batch_shard,
         batch_sharding,
         shard,
@@ -31,7 +23,7 @@ if TYPE_CHECKING:
         shardings,
     )
     from effscale.parallel.ragged import ragged_all_to_all
-    from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical_spec, use_rules
+    from effscale.parallel.rules import DEFAULT_RULES, use_rules
     from effscale.parallel.startup import DistributedConfig, initialize
     from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
     from effscale.parallel.worker_steps import per_worker, simulate_workers
@@ -45,32 +37,19 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "AXES",
     "DEFAULT_RULES",
-    "BatchShard",
-    "Collective",
     "DistributedConfig",
     "Exchange",
     "MeshConfig",
     "MovesParams",
     "PerWorker",
-    "Rules",
     "SendsBytes",
-    "auto_batch_axes",
     "batch_shard",
     "batch_sharding",
-    "check_experts",
-    "collect_on_first",
     "collectives",
     "constrain",
-    "current_rules",
     "ending_together",
-    "expert_axes",
     "initialize",
-    "logical_spec",
-    "mesh_size",
-    "on_devices",
-    "on_first",
     "per_worker",
     "ragged_all_to_all",
     "resize_workers",
@@ -80,9 +59,7 @@ __all__ = [
     "shardings",
     "simulate_workers",
     "stack_workers",
-    "to_experts",
     "to_host_memory",
-    "to_tokens",
     "unstack_workers",
     "use_rules",
     "worker_params",

@@ -13,11 +13,13 @@ from effscale.models import Transformer, empty_cache, matmul, unroll
 from effscale.models.stacking import for_decoding
 from effscale.models.weights import transpose
 from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
-from effscale.parallel import logical_spec, per_worker
+from effscale.parallel import per_worker
 from effscale.parallel.lowering import lower_step, placed, placed_rows
+from effscale.parallel.rules import logical_spec
 from effscale.plan.cases import ONEBIT, Case, Weights
 from effscale.plan.models import loss_of
-from effscale.quant import Format, PackedWeight, Recipe, Rule, quantize_model
+from effscale.quant import Format, Recipe, Rule, quantize_model
+from effscale.quant.packed import PackedWeight
 from effscale.training import AdamWConfig, Clip, create_train_state, make_train_step
 
 RATE, B2, DECAY, CLIP = 6e-5, 0.95, 0.1, Clip(1.0)

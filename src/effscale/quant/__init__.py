@@ -8,23 +8,22 @@ if TYPE_CHECKING:
     from effscale.quant.bit_schedules import BitSchedule, fake_quantize_at
     from effscale.quant.distillation import (
         DistillationOutputs,
-        DistillationTerms,
         LayerMap,
         distillation_loss,
         one_stage_loss,
     )
-    from effscale.quant.fake import FakeQuantizedWeight, at_step, scheduled_step
+    from effscale.quant.fake import at_step, scheduled_step
     from effscale.quant.formats import Format
     from effscale.quant.gram_rounding import gptq
-    from effscale.quant.inputs import InputRange, input_grams, input_ranges
-    from effscale.quant.lkd import LKD, Distilled, distill_layers
-    from effscale.quant.packed import PackedWeight, pack_weight
+    from effscale.quant.inputs import input_grams, input_ranges
+    from effscale.quant.lkd import LKD, distill_layers
+    from effscale.quant.packed import pack_weight
     from effscale.quant.pruning.masks import Pruning, top_k_mask
     from effscale.quant.pruning.rules import PruneRule, merge_masks, prune_model
     from effscale.quant.pruning.shrink import shrink_model
-    from effscale.quant.pruning.weight import PrunedWeight, prune_weight
+    from effscale.quant.pruning.weight import prune_weight
     from effscale.quant.qarrays import from_qarray, to_qarray
-    from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
+    from effscale.quant.quantizers import fake_quantize, quantize
     from effscale.quant.recipes import (
         Recipe,
         Rule,
@@ -38,24 +37,16 @@ if TYPE_CHECKING:
         w8a8,
     )
     from effscale.quant.sensitivity import sensitivity
-    from effscale.quant.sizes import ModelSize, model_size
+    from effscale.quant.sizes import model_size
 
 __all__ = [
     "LKD",
     "BitSchedule",
     "DistillationOutputs",
-    "DistillationTerms",
-    "Distilled",
-    "FakeQuantizedWeight",
     "Format",
-    "InputRange",
     "LayerMap",
-    "ModelSize",
-    "PackedWeight",
     "PruneRule",
-    "PrunedWeight",
     "Pruning",
-    "Quantized",
     "Recipe",
     "Rule",
     "at_step",
@@ -77,7 +68,6 @@ __all__ = [
     "prune_weight",
     "quantize",
     "quantize_model",
-    "scale_shape",
     "scheduled_step",
     "sensitivity",
     "shrink_model",

@@ -173,7 +173,8 @@ def at_step(model: Tree, step: Any) -> Tree:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from effscale.quant import BitSchedule, FakeQuantizedWeight, Format
+        >>> from effscale.quant import BitSchedule, Format
+        >>> from effscale.quant.fake import FakeQuantizedWeight
         >>> schedule = BitSchedule(start_bits=8, target_bits=2, period=10)
         >>> w = jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)
         >>> weight = FakeQuantizedWeight(

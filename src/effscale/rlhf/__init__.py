@@ -7,26 +7,22 @@ from effscale.lazy import lazy_package
 if TYPE_CHECKING:
     from effscale.rlhf.advantages import gae, group_advantages, leave_one_out_advantages, whiten
     from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
-    from effscale.rlhf.experience import Experience, make_experience, make_group_experience
+    from effscale.rlhf.experience import make_experience, make_group_experience
     from effscale.rlhf.losses import actor_loss, critic_loss
     from effscale.rlhf.pairs import preference_loss, reward_model_loss
-    from effscale.rlhf.policy_loss import PolicyLossConfig, policy_loss, value_loss
+    from effscale.rlhf.policy_loss import policy_loss, value_loss
     from effscale.rlhf.preferences import dpo_loss, pairwise_loss, token_pairwise_loss
     from effscale.rlhf.rewards import adaptive_kl, kl_estimate, shaped_rewards
     from effscale.rlhf.rollout import RolloutConfig
-    from effscale.rlhf.scores import ModelReward, Reward, from_text
+    from effscale.rlhf.scores import ModelReward, from_text
     from effscale.rlhf.scoring import response_log_probs, response_scores, response_values
-    from effscale.rlhf.step import PolicyState, create_policy_state, make_policy_step
+    from effscale.rlhf.step import create_policy_state, make_policy_step
 
 __all__ = [
     "DEEPSPEED_CHAT",
-    "Experience",
     "GroupConfig",
     "ModelReward",
     "PPOConfig",
-    "PolicyLossConfig",
-    "PolicyState",
-    "Reward",
     "RolloutConfig",
     "actor_loss",
     "adaptive_kl",

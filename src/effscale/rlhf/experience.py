@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from effscale.generation import Generated
+from effscale.generation.decoding import Generated
 from effscale.rlhf.advantages import gae, group_advantages, leave_one_out_advantages, whiten
 from effscale.rlhf.config import GroupConfig, LearningConfig, PPOConfig
 from effscale.rlhf.rewards import kl_estimate, shaped_rewards, with_next

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from effscale.generation import SamplingConfig
 from effscale.models import Transformer, merge_lora, unroll
 from effscale.options import Options
-from effscale.parallel import DEFAULT_RULES, Rules, shardings, use_rules
+from effscale.parallel import DEFAULT_RULES, shardings, use_rules
+from effscale.parallel.rules import Rules
 
 ROLLOUT_RULES = DEFAULT_RULES | {"embed": None}
 """Weights are replicated along ``fsdp``, so that no token waits for them to be gathered; along ``tensor`` they stay sharded, like the cache."""

@@ -11,9 +11,9 @@ import numpy as np
 import tokenizers
 from jaxtyping import Array, Float
 
-from effscale.generation import Generated
+from effscale.generation.decoding import Generated
 from effscale.models import Transformer
-from effscale.parallel import on_devices
+from effscale.parallel.host_memory import on_devices
 from effscale.parallel.placement import gathered
 from effscale.rlhf.scoring import response_scores
 

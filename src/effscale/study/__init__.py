@@ -8,20 +8,17 @@ if TYPE_CHECKING:
     from effscale.study.plots import Curves, Finals, Tradeoff
     from effscale.study.search import Point, Search
     from effscale.study.study import Arm, Results, Study
-    from effscale.study.table import Interval, Row, Table, interval
+    from effscale.study.table import interval
     from effscale.study.trial import Trial
 
 __all__ = [
     "Arm",
     "Curves",
     "Finals",
-    "Interval",
     "Point",
     "Results",
-    "Row",
     "Search",
     "Study",
-    "Table",
     "Tradeoff",
     "Trial",
     "interval",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from effscale.options import Options, PositiveInt, check
-from effscale.parallel import on_first
+from effscale.parallel.peers import on_first
 from effscale.paths import is_url
 from effscale.training import MirrorError, RunFolder
 from effscale.training.errors import StoppedBySignal

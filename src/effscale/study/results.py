@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from effscale.parallel import on_first
+from effscale.parallel.peers import on_first
 from effscale.study.host import peak_memory
 from effscale.training import RunFolder
 

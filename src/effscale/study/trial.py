@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from effscale.parallel import on_first
 from effscale.parallel.lowering import placed
+from effscale.parallel.peers import on_first
 from effscale.run import Run
 from effscale.study.search import Point
 from effscale.training import Checkpoints, read_jsonl

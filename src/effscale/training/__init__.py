@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from effscale.training.pacing import CustomPacing, DiscretePacing, LinearPacing, RootPacing
     from effscale.training.partition import decay_mask, named_leaves
     from effscale.training.run_folder import RunFolder
-    from effscale.training.schedules import ScheduleConfig, by_tokens, scale_by_learning_rate
+    from effscale.training.schedules import ScheduleConfig, by_tokens
     from effscale.training.staged import StagedStep
     from effscale.training.stages import Stages, merge, stages
-    from effscale.training.state import TrainState, abstract, create_train_state, ema_model
+    from effscale.training.state import TrainState, abstract, create_train_state
     from effscale.training.step import make_train_step
 
 __all__ = [
@@ -60,7 +60,6 @@ __all__ = [
     "by_tokens",
     "create_train_state",
     "decay_mask",
-    "ema_model",
     "evaluate",
     "fetch_run",
     "fit",
@@ -75,7 +74,6 @@ __all__ = [
     "resize_rows",
     "restore_model",
     "resume_or_start",
-    "scale_by_learning_rate",
     "stages",
 ]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from effscale.parallel import collect_on_first
+from effscale.parallel.peers import collect_on_first
 from effscale.training.checkpoint_files import (
     TEMPORARY,
     JsonItem,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from effscale.models import Transformer, aux_loss, run_group
 from effscale.models.reports import report_means
 from effscale.models.transformer import RunGroup
-from effscale.parallel import auto_batch_axes
+from effscale.parallel.constraint import auto_batch_axes
 from effscale.training.loss import Loss
 from effscale.training.vocabulary import vocabulary_cross_entropy
 

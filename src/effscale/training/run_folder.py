@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from effscale.locks import LockedError, ProcessLock
-from effscale.parallel import on_first
+from effscale.parallel.peers import on_first
 from effscale.paths import local_path, output_folder
 from effscale.training.mirror import MirrorError, RunMirror
 from effscale.training.serialize import differences, to_json, write_atomic, write_json

@@ -18,10 +18,10 @@ from effscale.data.cleaning import (
     DatasheetEntry,
     NearDuplicates,
     Quality,
-    identify_language,
     ray_runner,
     write_datasheet,
 )
+from effscale.data.cleaning.language import identify_language
 from effscale.data.cleaning.quality import character_repetition, word_repetition
 from effscale.data.documents import SkipReport
 

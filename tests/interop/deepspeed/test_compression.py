@@ -13,15 +13,15 @@ from effscale.interop import compression_from_deepspeed
 from effscale.models import ClassHead, LMHead, Transformer, abstract_model, bert, gpt2
 from effscale.quant import (
     BitSchedule,
-    FakeQuantizedWeight,
     Format,
-    PackedWeight,
     PruneRule,
     Pruning,
     at_step,
     dequantize_model,
     shrink_model,
 )
+from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.packed import PackedWeight
 
 CLASSES = (ClassHead(name="classes", num_classes=2, pool="pooled"),)
 SIZES = {"num_layers": 3, "d_model": 16, "num_heads": 4, "d_ff": 32, "vocab_size": 32}

@@ -13,7 +13,8 @@ from effscale.experiments.shared import assets
 from effscale.interop import FolderError, load_packed, load_pretrained
 from effscale.interop.gguf.blocks import FORMATS, from_blocks
 from effscale.models import llama
-from effscale.quant import PackedWeight, dequantize_model
+from effscale.quant import dequantize_model
+from effscale.quant.packed import PackedWeight
 from effscale.quant.quantizers import Quantized
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")

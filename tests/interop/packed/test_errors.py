@@ -23,7 +23,8 @@ from effscale.models import (
     unmerge_lora,
 )
 from effscale.moe import MoEConfig, RouterConfig, with_experts
-from effscale.quant import FakeQuantizedWeight, Format, pack_weight
+from effscale.quant import Format, pack_weight
+from effscale.quant.fake import FakeQuantizedWeight
 
 SIZES = {"num_layers": 1, "d_model": 32, "num_heads": 2, "vocab_size": 48}
 GROUPS = Format(bits=4, granularity="group", group_size=16, symmetric=False)

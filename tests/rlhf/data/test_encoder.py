@@ -5,7 +5,8 @@ import json
 import pytest
 import tokenizers
 
-from effscale.data import save_tokenizer, train_tokenizer
+from effscale.data import train_tokenizer
+from effscale.data.tokenizer import save_tokenizer
 from effscale.interop import load_encoder
 from effscale.rlhf.data import ChatTemplate, Message, Record, RecordEncoder, RecordError
 

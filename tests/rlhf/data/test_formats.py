@@ -2,10 +2,10 @@
 
 import pytest
 
-from effscale.rlhf.data import FORMATS, Message, Record, RecordError, named_fields
-from effscale.rlhf.data.chat import PLAIN_FORMATS
+from effscale.rlhf.data import Message, Record, RecordError, named_fields
+from effscale.rlhf.data.chat.plain import PLAIN_FORMATS
 from effscale.rlhf.data.dialogue import parse_dialogue
-from effscale.rlhf.data.formats import detect_format
+from effscale.rlhf.data.formats import FORMATS, detect_format
 
 USER = lambda text: Message("user", text)
 BOT = lambda text: Message("assistant", text)

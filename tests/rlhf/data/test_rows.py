@@ -20,7 +20,7 @@ from effscale.rlhf.data import (
     prompt_rows,
     row_batches,
 )
-from effscale.rlhf.data.rows import pad_rows
+from effscale.rlhf.data.rows.padding import pad_rows
 from effscale.rlhf.preferences import diverging
 from effscale.training import next_token_loss
 

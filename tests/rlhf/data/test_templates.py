@@ -3,14 +3,8 @@
 import pytest
 
 from effscale.data import BLOOM_TOKENS, train_tokenizer
-from effscale.rlhf.data import (
-    PromptedTask,
-    PromptTemplate,
-    PromptTemplateError,
-    RecordEncoder,
-    fine_tuning_rows,
-    read_tasks,
-)
+from effscale.rlhf.data import RecordEncoder, fine_tuning_rows, read_tasks
+from effscale.rlhf.data.templates import PromptedTask, PromptTemplate, PromptTemplateError
 
 NLI = """
 task: nli

@@ -35,7 +35,8 @@ from effscale.curriculum.analysis.workers import local_runner
 from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import INDEX, DifficultyIndex, shards_folder, write_manifest
 from effscale.curriculum.metrics import Batch, Metric, TokenCounts
-from effscale.data import TokenStore, token_counts
+from effscale.data import TokenStore
+from effscale.data.statistics import token_counts
 from effscale.paths import local_path
 
 

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from effscale.data.cleaning.cleaned import Cleaned
     from effscale.data.cleaning.datasheet import DatasheetEntry, write_datasheet
     from effscale.data.cleaning.duplicates import NearDuplicates
-    from effscale.data.cleaning.language import identify_language
     from effscale.data.cleaning.quality import Quality
     from effscale.data.cleaning.ray import ray_runner
 
@@ -17,7 +16,6 @@ __all__ = [
     "DatasheetEntry",
     "NearDuplicates",
     "Quality",
-    "identify_language",
     "ray_runner",
     "write_datasheet",
 ]

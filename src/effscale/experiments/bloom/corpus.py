@@ -8,18 +8,14 @@ import tokenizers
 
 from effscale.data import (
     BLOOM_TOKENS,
-    Corpus,
     Document,
     JsonLines,
-    Source,
     Splits,
     StandardLibrary,
     TextFiles,
     fertility,
     prepare_corpus,
     read_tokenizer,
-    sample_texts,
-    save_tokenizer,
     train_tokenizer,
 )
 from effscale.data.cache import request_key
@@ -30,6 +26,10 @@ from effscale.data.cleaning import (
     Quality,
     write_datasheet,
 )
+from effscale.data.corpus import Corpus
+from effscale.data.documents import Source
+from effscale.data.sampling import sample_texts
+from effscale.data.tokenizer import save_tokenizer
 from effscale.experiments.bloom.config import CODE, Config
 from effscale.experiments.bloom.messages import InterfaceText
 from effscale.locks import locked

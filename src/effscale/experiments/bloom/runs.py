@@ -21,7 +21,8 @@ from effscale.experiments.bloom.tasks import Accuracy, Tasks, evaluate_tasks
 from effscale.experiments.shared.runs import once, train_to_end
 from effscale.interop import load_pretrained, save_pretrained
 from effscale.models import Transformer, with_config
-from effscale.parallel import batch_shard, on_first, shard_batch, shardings
+from effscale.parallel import batch_shard, shard_batch, shardings
+from effscale.parallel.peers import on_first
 from effscale.rlhf.data import RecordEncoder, fine_tuning_rows
 from effscale.training import (
     AdamWConfig,

@@ -15,7 +15,8 @@ from effscale.experiments.bloom import messages
 from effscale.experiments.bloom.config import Config
 from effscale.experiments.bloom.messages import Split
 from effscale.options import did_you_mean
-from effscale.rlhf.data import Prompted, PromptedTask, Record, read_tasks
+from effscale.rlhf.data import Record, read_tasks
+from effscale.rlhf.data.templates import Prompted, PromptedTask
 
 FOLDER = pathlib.Path(__file__).parent / "tasks"
 MIN_EXAMPLES = 8

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from effscale.data import Corpus, make_dataset
+from effscale.data import make_dataset
+from effscale.data.corpus import Corpus
 from effscale.experiments.bloom_ablations.config import ArmName, Config
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_run import pretrain_once

@@ -21,8 +21,8 @@ from effscale.optim import (
 )
 from effscale.options import Bounds, Fraction, Options, PositiveFloat, PositiveInt, ProperFraction
 from effscale.parallel import PerWorker, SendsBytes
-from effscale.training import Clip, ScheduleConfig, scale_by_learning_rate
-from effscale.training.schedules import Schedule
+from effscale.training import Clip, ScheduleConfig
+from effscale.training.schedules import Schedule, scale_by_learning_rate
 
 OptimizerName = Literal["adam", "onebit_adam", "zero_one_adam", "naive", "lamb", "onebit_lamb"]
 

@@ -45,12 +45,12 @@ from effscale.training import (
     RunFolder,
     ScheduleConfig,
     create_train_state,
-    ema_model,
     evaluate,
     make_eval_step,
     make_train_step,
     next_token_loss,
 )
+from effscale.training.state import ema_model
 from effscale.training.step import count_tokens
 
 SCORE = ClassHead(num_classes=1, name="score", pool="last", bias=False)

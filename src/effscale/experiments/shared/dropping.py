@@ -9,7 +9,8 @@ from typing import Annotated
 import optax
 
 from effscale.curriculum import current_learning_rate, steps_then_tokens
-from effscale.ltd import RandomLTD, dropping_layers, layer_token_average, mslg, training_flops
+from effscale.ltd import RandomLTD, layer_token_average, mslg, training_flops
+from effscale.ltd.layers import dropping_layers
 from effscale.models import TransformerConfig
 from effscale.options import Bounds, Options, PositiveInt, check
 from effscale.run import Run

@@ -7,7 +7,8 @@ import grain
 import numpy as np
 import tokenizers
 
-from effscale.data import Corpus, TokenStore, batch_rows, packed_rows
+from effscale.data import TokenStore, batch_rows, packed_rows
+from effscale.data.corpus import Corpus
 from effscale.experiments.shared.classifier.cutting import cut_passages
 from effscale.experiments.shared.classifier.data import Data
 from effscale.options import check

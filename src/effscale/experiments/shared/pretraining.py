@@ -9,13 +9,8 @@ import grain
 import jax
 from flax import nnx
 
-from effscale.curriculum import (
-    Difficulty,
-    Ranking,
-    current_learning_rate,
-    curriculum_rows,
-    with_metrics,
-)
+from effscale.curriculum import Difficulty, current_learning_rate, curriculum_rows, with_metrics
+from effscale.curriculum.ranking import Ranking
 from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset
 from effscale.data_efficiency import rank_by_rarity
 from effscale.experiments.shared.pretraining_config import PretrainingConfig

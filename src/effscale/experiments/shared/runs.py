@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from effscale.parallel import on_first
+from effscale.parallel.peers import on_first
 from effscale.study.command import StoppedBySignal
 from effscale.training import (
     Checkpoints,

@@ -13,4 +13,6 @@ _EVERY = (
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _EVERY}
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = [
+    "FAMILIES",
+]

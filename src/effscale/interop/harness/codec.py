@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from effscale.data import separator_id
+from effscale.data.tokenizer import separator_id
 from effscale.interop import load_tokenizer
 from effscale.interop.folder import checked_folder, read_json_if_there
 from effscale.interop.gguf.file import GGUFFile, gguf_config

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from effscale.evaluation.continuations import BUCKET, padded
-from effscale.generation import AnswerText, SamplingConfig, left_pad, stream
-from effscale.generation.text import end_at_strings
+from effscale.generation import SamplingConfig, left_pad, stream
+from effscale.generation.text import AnswerText, end_at_strings
 from effscale.interop import sampling_from_folder
 from effscale.interop.harness.codec import Codec
 from effscale.interop.source import gguf_path

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from effscale.interop.describe import describe
-from effscale.interop.families import Family
+from effscale.interop.families.family import Family
 from effscale.interop.plan import Slot, parameters, plan, their_shapes
 from effscale.interop.table import sizes
 from effscale.models import LearnedPositions, LMHead, Transformer

@@ -28,7 +28,7 @@ from effscale.optim.workers import (
     per_worker_zeros,
     refusing_left_out_workers,
 )
-from effscale.optim.zero_one.policies import Policies, PolicyState, Round
+from effscale.optim.zero_one.policies import Policies, PoliciesState, Round
 from effscale.optim.zero_one.rules import OwnWay, Rules, Step, VarDecay, alone, together
 from effscale.parallel.workers import MovesParams, PerWorker, SendsBytes, as_local
 from effscale.training.clipping import Clip, check_clip
@@ -55,7 +55,7 @@ class ZeroOneAdamState(NamedTuple):
     count: Any
     mu: Any
     nu: Any
-    policy: PolicyState
+    policy: PoliciesState
     rates: Any
     own: Any
     eps: Any

@@ -24,7 +24,7 @@ class Round(enum.IntEnum):
     """The workers' local progress since the last synchronization, in one bit."""
 
 
-class PolicyState(NamedTuple):
+class PoliciesState(NamedTuple):
     """The counters of both policies: int32 scalars and a bool.
 
     Attributes:
@@ -63,13 +63,13 @@ class Policies(NamedTuple):
         for name, value in self._asdict().items():
             check_count(name, value, 0 if name == "var_freeze_step" else 1)
 
-    def init(self) -> PolicyState:
+    def init(self) -> PoliciesState:
         """Return the counters before the first step."""
         # A separate array for each, as a donated state must not contain an array twice.
         counters = (jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0, 1))
-        return PolicyState(*counters, local=jnp.zeros((), jnp.bool_))
+        return PoliciesState(*counters, local=jnp.zeros((), jnp.bool_))
 
-    def step(self, state: PolicyState, count: Any) -> tuple[jax.Array, PolicyState]:
+    def step(self, state: PoliciesState, count: Any) -> tuple[jax.Array, PoliciesState]:
         """Return the `Round` of the step after ``count`` others, and the counters after it."""
         t = count + 1
         # There is no way back, even if a run resumes with a larger var_freeze_step.
@@ -86,7 +86,7 @@ class Policies(NamedTuple):
         local_counter = state.local_step_counter + (~first_stage).astype(jnp.int32)
         local_full = local_counter >= self.local_step_scaler
         largest = 2**30  # doubling stays within int32
-        return kind, PolicyState(
+        return kind, PoliciesState(
             var_interval=_doubled(state.var_interval, var_full, largest),
             var_counter=jnp.where(var_full, 0, var_counter),
             local_step_interval=_doubled(
@@ -107,7 +107,7 @@ class Policies(NamedTuple):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
 
-        def body(state: PolicyState, count: jax.Array) -> tuple[PolicyState, jax.Array]:
+        def body(state: PoliciesState, count: jax.Array) -> tuple[PoliciesState, jax.Array]:
             kind, state = self.step(state, count)
             return state, kind
 

@@ -21,7 +21,7 @@ from effscale.optim.moments import (
     where_known,
 )
 from effscale.optim.workers import Workers, compressed
-from effscale.optim.zero_one.policies import PolicyState, Round
+from effscale.optim.zero_one.policies import PoliciesState, Round
 from effscale.parallel.workers import PerWorker
 
 VarDecay = Literal["update", "step"]
@@ -58,7 +58,7 @@ class Step(NamedTuple):
     """
 
     kind: jax.Array
-    before: PolicyState
+    before: PoliciesState
     rate: Any
     rates_before: jax.Array
     count: Any

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from effscale.rlhf.data.chat import ChatTemplate, PlainFormat, TemplateError
+    from effscale.rlhf.data.chat import ChatTemplate, TemplateError
     from effscale.rlhf.data.encoder import RecordEncoder
-    from effscale.rlhf.data.formats import FORMATS, named_fields
+    from effscale.rlhf.data.formats import named_fields
     from effscale.rlhf.data.phases import Blend, phase_split, split_by_prompt
     from effscale.rlhf.data.read import read_records
     from effscale.rlhf.data.record import Message, Record, RecordError, RecordReport
@@ -18,24 +18,12 @@ if TYPE_CHECKING:
         row_batches,
     )
     from effscale.rlhf.data.standard_library import standard_library_pairs
-    from effscale.rlhf.data.templates import (
-        Prompted,
-        PromptedTask,
-        PromptTemplate,
-        PromptTemplateError,
-        read_tasks,
-    )
+    from effscale.rlhf.data.templates import read_tasks
 
 __all__ = [
-    "FORMATS",
     "Blend",
     "ChatTemplate",
     "Message",
-    "PlainFormat",
-    "PromptTemplate",
-    "PromptTemplateError",
-    "Prompted",
-    "PromptedTask",
     "Record",
     "RecordEncoder",
     "RecordError",

@@ -8,9 +8,10 @@ from typing import Any
 
 import tokenizers
 
-from effscale.data import separator_id
+from effscale.data.tokenizer import separator_id
 from effscale.options import did_you_mean
-from effscale.rlhf.data.chat import PLAIN_FORMATS, ChatTemplate, PlainFormat
+from effscale.rlhf.data.chat import ChatTemplate, PlainFormat
+from effscale.rlhf.data.chat.plain import PLAIN_FORMATS
 from effscale.rlhf.data.record import Message, Record, RecordError, messages_of
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]

@@ -5,13 +5,14 @@ import os
 
 import pytest
 
-from effscale.data import save_tokenizer, train_tokenizer
+from effscale.data import train_tokenizer
+from effscale.data.tokenizer import save_tokenizer
 from effscale.experiments.shared import assets
-from effscale.interop import FolderError, load_chat_template, load_tokenizer
+from effscale.interop import FolderError, load_tokenizer
 from effscale.interop.chat import read_chat
 from effscale.interop.companions import Companions
 from effscale.rlhf.data import ChatTemplate, Message, RecordError, TemplateError
-from effscale.rlhf.data.chat import PLAIN_FORMATS
+from effscale.rlhf.data.chat.plain import PLAIN_FORMATS
 
 pytest.importorskip("jinja2", reason="the extra chat is not installed")
 from effscale.rlhf.data.chat import sandbox
@@ -85,7 +86,7 @@ def test_templates_of_a_folder_equal_transformers(source, place, folder, tmp_pat
     if place == "file":
         (tmp_path / "chat_template.jinja").write_text(source)
     theirs = hf.AutoTokenizer.from_pretrained(tmp_path)
-    ours = load_chat_template(tmp_path)
+    ours = read_chat(tmp_path).chat_template()
     for chat in CHATS:
         messages = [{"role": role, "content": content} for role, content in chat]
         for asks in (False, True):
@@ -223,18 +224,18 @@ def test_values_that_a_template_knows(folder):
 
 def test_folders_without_a_usable_template(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    assert load_chat_template(tmp_path) is None
+    assert read_chat(tmp_path).chat_template() is None
     config(tmp_path, chat_template=3)
     with pytest.raises(TemplateError, match="must be a string, got 3"):
-        load_chat_template(tmp_path)
+        read_chat(tmp_path).chat_template()
     config(tmp_path, chat_template=[{"name": "rag", "template": "x"}])
     with pytest.raises(
         ValueError, match="name must be one of the folder's chat templates, 'rag', got 'default'"
     ):
-        load_chat_template(tmp_path)
-    assert load_chat_template(tmp_path, name="rag").render([]) == "x"
+        read_chat(tmp_path).chat_template()
+    assert read_chat(tmp_path).chat_template("rag").render([]) == "x"
     with pytest.raises(FolderError, match="there is no folder"):
-        load_chat_template(tmp_path / "elsewhere")
+        read_chat(tmp_path / "elsewhere").chat_template()
 
 
 def test_special_tokens_from_each_file(folder, tmp_path):

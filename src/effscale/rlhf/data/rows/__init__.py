@@ -2,13 +2,11 @@
 
 from effscale.rlhf.data.rows.batches import row_batches
 from effscale.rlhf.data.rows.fine_tuning import fine_tuning_rows
-from effscale.rlhf.data.rows.padding import pad_rows
 from effscale.rlhf.data.rows.pairs import pair_rows
 from effscale.rlhf.data.rows.prompts import prompt_rows
 
 __all__ = [
     "fine_tuning_rows",
-    "pad_rows",
     "pair_rows",
     "prompt_rows",
     "row_batches",
