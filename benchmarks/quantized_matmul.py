@@ -17,9 +17,9 @@ import harness
 import jax
 import jax.numpy as jnp
 
+from benchmarks.kernels import packed_matmul as packed_shapes
+from benchmarks.kernels import quantized_matmul as quantized_shapes
 from kernels_pallas import packed_matmul, quantized_matmul
-from kernels_pallas.packed_matmul import shapes as packed_shapes
-from kernels_pallas.quantized_matmul import shapes as quantized_shapes
 
 REPEATS = 15
 

@@ -48,7 +48,6 @@ from effscale.study.folder import StudyPart
 from effscale.study.plots import cost_of_reaching, records_of
 from effscale.study.trial import step_seconds
 from effscale.training import (
-    Changes,
     Clip,
     Evaluation,
     LinearPacing,
@@ -58,6 +57,7 @@ from effscale.training import (
     next_token_loss,
 )
 from effscale.training.plotting import Records, series
+from effscale.training.staged import Changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
