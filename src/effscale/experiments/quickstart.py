@@ -24,9 +24,11 @@ import numpy as np
 from effscale.experiments.shared.config_parts import CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.prepared import Text, prepared_corpora
-from effscale.models import Transformer, abstract
+from effscale.models import Transformer
+from effscale.models.presets import abstract_model
 from effscale.options import NonNegativeInt, PositiveFloat, PositiveInt, check
-from effscale.parallel import MeshConfig, batch_shard, initialize, on_first, shard_batch
+from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch
+from effscale.parallel.peers import on_first
 from effscale.run import Run, Trained
 from effscale.study.command import messages, parse
 from effscale.study.folder import OUTPUT, check_folder, open_folder, resumable
@@ -135,7 +137,7 @@ def train(config: Config) -> Result:
         FileExistsError: ``out`` already contains a run and ``resume`` is not set.
         StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
-    from effscale.data import save_tokenizer  # slow to import, and --help does not need it
+    from effscale.data.tokenizer import save_tokenizer
 
     began = time.perf_counter()
     mesh = config.mesh.build()
@@ -216,7 +218,7 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> tuple[Tr
 
     config = config_from_json(Config, RunFolder(pathlib.Path(folder)).config())
     tokenizer = read_tokenizer(folder)
-    wanted = abstract(config.model.build(tokenizer.get_vocab_size(), config.length))
+    wanted = abstract_model(config.model.build(tokenizer.get_vocab_size(), config.length))
     return restore_model(folder, wanted, step=step)[0], tokenizer
 
 

@@ -55,7 +55,8 @@ class Text:
             ValueError: There is too little text for a batch.
         """
         from effscale.data import make_dataset
-        from effscale.parallel import BatchShard, batch_shard
+        from effscale.parallel import batch_shard
+        from effscale.parallel.placement import BatchShard
         from effscale.training import Evaluation, next_token_loss
 
         mesh = run.device_mesh()
