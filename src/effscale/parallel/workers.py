@@ -28,6 +28,11 @@ class PerWorker:
     value: Any
     axis_name: str = dataclasses.field(metadata={"static": True})
 
+    def resized_like(self, wanted: "PerWorker") -> "PerWorker":
+        """Return what the workers of another run keep, from what these keep between steps; see `resize_workers`."""
+        (number,) = {x.shape[0] for x in jax.tree.leaves(wanted)}
+        return resize_workers(self, number)
+
 
 class SendsBytes(abc.ABC):
     """A node of an optimizer's state that counts the bytes its update sent.

@@ -9,18 +9,16 @@
         manifest.json              checksums, written last
 """
 
-import functools
 import json
 import logging
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from effscale.parallel.workers import is_per_worker, resize_workers
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest
 from effscale.training.partition import combine, named_leaves, partition
@@ -32,6 +30,15 @@ TEMPORARY = ".orbax-checkpoint-tmp"
 DELETED = ".deleted"
 WRITING = ".writing"
 _STEP = re.compile(r"step_(\d{8,})$")
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """A node of a state whose shapes depend on the size of the run, such as what each worker keeps."""
+
+    def resized_like(self, wanted: Any) -> Any:
+        """Return the node, saved by a run of another size, for the run of ``wanted``."""
+        ...
 
 
 def step_folder(folder: AnyPath, step: int) -> AnyPath:
@@ -195,7 +202,7 @@ def read_run(path: AnyPath) -> dict[str, Any]:
 def load_items(path: AnyPath, items: Mapping[str, Any]) -> dict[str, Any]:
     """Read some of a checkpoint's items into trees like the given ones (arrays or their abstract form).
 
-    Parts saved by a different number of workers are converted as in ``effscale.parallel.resize_workers``.
+    A node that is `Resizable` may have been saved by a run of another size.
 
     Raises:
         CheckpointError: The leaves of the checkpoint differ from those requested.
@@ -204,7 +211,7 @@ def load_items(path: AnyPath, items: Mapping[str, Any]) -> dict[str, Any]:
     from orbax.checkpoint import v1 as ocp
 
     saved = read_run(path)["leaves"]
-    resized = {item for item, tree in items.items() if _workers_differ(tree, saved.get(item, {}))}
+    resized = {item for item, tree in items.items() if _sizes_differ(tree, saved.get(item, {}))}
     as_saved = {
         item: _as_saved(tree, saved[item]) if item in resized else tree
         for item, tree in items.items()
@@ -225,45 +232,50 @@ def load_items(path: AnyPath, items: Mapping[str, Any]) -> dict[str, Any]:
     )
     found = {item: unflat(tree, loaded[item]) for item, tree in as_saved.items()}
     for item in resized:
-        found[item] = _hand_over(found[item], items[item], path)
+        found[item] = _resized(found[item], items[item], path)
     return found
 
 
-def _per_worker_leaves(tree: Any) -> list[bool]:
-    """Return, for each leaf of the tree, whether it is in a `PerWorker`."""
-    nodes = jax.tree.leaves(tree, is_leaf=is_per_worker)
-    return [is_per_worker(node) for node in nodes for _ in jax.tree.leaves(node)]
+def _is_resizable(node: Any) -> bool:
+    return isinstance(node, Resizable)
 
 
-def _workers_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
-    """Return whether the shapes in a `PerWorker` differ in the checkpoint."""
+def _in_resizable(tree: Any) -> list[bool]:
+    """Return, for each leaf of the tree, whether it is in a `Resizable`."""
+    nodes = jax.tree.leaves(tree, is_leaf=_is_resizable)
+    return [_is_resizable(node) for node in nodes for _ in jax.tree.leaves(node)]
+
+
+def _sizes_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
+    """Return whether the shapes in a `Resizable` differ in the checkpoint."""
     return any(
-        mine and leaf.name in saved and saved[leaf.name][0] != list(leaf.leaf.shape)
-        for leaf, mine in zip(named_leaves(tree), _per_worker_leaves(tree), strict=True)
+        resizable and leaf.name in saved and saved[leaf.name][0] != list(leaf.leaf.shape)
+        for leaf, resizable in zip(named_leaves(tree), _in_resizable(tree), strict=True)
     )
 
 
 def _as_saved(tree: Any, saved: Mapping[str, Any]) -> Any:
-    """Return the abstract tree with each `PerWorker` in the shapes of the checkpoint, replicated on every device."""
+    """Return the abstract tree with each `Resizable` in the shapes of the checkpoint, replicated on every device."""
 
-    def leaf_as_saved(leaf: Any, mine: bool) -> Any:
-        if not mine or leaf.name not in saved:
+    def leaf_as_saved(leaf: Any, resizable: bool) -> Any:
+        if not resizable or leaf.name not in saved:
             return leaf.leaf
         sharding = getattr(leaf.leaf, "sharding", None)
         if isinstance(sharding, jax.NamedSharding):
             sharding = jax.NamedSharding(sharding.mesh, jax.P())
         return jax.ShapeDtypeStruct(saved[leaf.name][0], leaf.leaf.dtype, sharding=sharding)
 
-    pairs = zip(named_leaves(tree), _per_worker_leaves(tree), strict=True)
+    pairs = zip(named_leaves(tree), _in_resizable(tree), strict=True)
     return jax.tree.unflatten(jax.tree.structure(tree), [leaf_as_saved(*pair) for pair in pairs])
 
 
-def _hand_over(loaded: Any, wanted: Any, path: AnyPath) -> Any:
-    """Convert a tree saved by a different number of workers."""
-    mine = _per_worker_leaves(wanted)
-    workers = {x.shape[0] for x, own in zip(jax.tree.leaves(wanted), mine, strict=True) if own}
-    (number,) = workers
-    resize = functools.partial(resize_workers, num_workers=number)
+def _resized(loaded: Any, wanted: Any, path: AnyPath) -> Any:
+    """Convert a tree saved by a run of another size."""
+
+    def resize(loaded: Any) -> Any:
+        visit = lambda node, like: node.resized_like(like) if _is_resizable(node) else node
+        return jax.tree.map(visit, loaded, wanted, is_leaf=_is_resizable)
+
     shapes = [
         x.shape for x in jax.tree.leaves(jax.eval_shape(resize, loaded)) if hasattr(x, "shape")
     ]
