@@ -14,6 +14,7 @@ from flax import nnx
 
 from effscale.experiments import (
     data_efficiency,
+    finetune,
     moe,
     onebit,
     quickstart,
@@ -65,6 +66,7 @@ def programs() -> list[Program]:
         for which, place in (("64", 0), ("1024", -1))
     ]
     found += [
+        Program(name="finetune paper, fashion, data 8", lower=lower_finetune),
         Program(name="random_ltd_vit paper, 32 tokens of 197, data 8", lower=lower_random_ltd_vit),
         Program(
             name="random_ltd_bert paper, 496 tokens of 512, data 8", lower=lower_random_ltd_bert
@@ -91,6 +93,14 @@ def _packed_rows(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     types = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), jnp.int32)
     types["loss_weights"] = jnp.float32
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
+
+
+def _images(rows: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
 
 
 def lower_quickstart(devices: Sequence[Any], mesh: MeshConfig) -> jax.stages.Lowered:
@@ -142,6 +152,17 @@ def lower_seqlen_curriculum(devices: Sequence[Any], place: int) -> jax.stages.Lo
     return run.lower(devices, batch=batch, stage=place)
 
 
+def lower_finetune(devices: Sequence[Any]) -> jax.stages.Lowered:
+    """Lower the step of finetune on images, for a ViT-S with patch 14."""
+    config = finetune.PRESETS["paper"]
+    rows, size = config.fashion.batch_size, config.image_size
+    trunk = vit(num_layers=12, d_model=384, num_heads=6, image_size=size, patch_size=14)
+    steps = 60_000 // rows * config.fashion.epochs
+    run = finetune.run(config, config.fashion, steps, classifier_config(trunk, 10))
+    run = dataclasses.replace(run, mesh=MeshConfig(data=8))
+    return run.lower(devices, batch=_images(rows, size))
+
+
 def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
     """Lower the step of random_ltd_vit that keeps the fewest tokens, for a ViT-S with patch 16."""
     config = random_ltd_vit.PRESETS["paper"]
@@ -149,13 +170,8 @@ def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
     model = classifier_config(vit(num_layers=12, d_model=384, num_heads=6, image_size=size), 10)
     steps = 60_000 // rows * config.recipe.epochs
     plan = random_ltd_vit.plan(config, "random_ltd", model, steps)
-    batch = {
-        "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
-        "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
-    }
     run = dataclasses.replace(random_ltd_vit.run(config, plan), mesh=MeshConfig(data=8))
-    return run.lower(devices, batch=batch, stage=0)
+    return run.lower(devices, batch=_images(rows, size), stage=0)
 
 
 def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.experiments.finetune.config import PRESETS
-from effscale.experiments.finetune.experiment import main
-from effscale.experiments.finetune.runs import Runner
+from effscale.experiments import finetune
+from effscale.experiments.finetune import PRESETS, main
 from effscale.experiments.shared import assets
 from effscale.experiments.shared.classifier import data as finetune_data
 from effscale.experiments.shared.classifier.batches import TrainingBatches
@@ -21,11 +20,10 @@ from effscale.experiments.shared.classifier.model import (
     class_loss,
     classifier,
     classifier_config,
-    make_step,
 )
+from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, bert, vit
-from effscale.training import ScheduleConfig, create_train_state
 
 
 def idx(array):
@@ -68,7 +66,7 @@ def folders(tmp_path_factory):
 def options(folders):
     """Options of a run that takes seconds."""
     return [
-        *("--tasks", "fashion", "--seeds", "1", "--image-size", "8", "--fashion.epochs", "3"),
+        *("--arms", "fashion", "--seeds", "1", "--image-size", "8", "--fashion.epochs", "3"),
         *("--fashion.train", "None", "--fashion.test", "None", "--fashion.learning-rate", "1e-2"),
         *("--image-model", str(folders / "image"), "--text-model", str(folders / "text")),
         *("--fashion-mnist", str(folders / "fashion")),
@@ -76,8 +74,8 @@ def options(folders):
 
 
 @pytest.fixture(scope="module")
-def watched(options, tmp_path_factory):
-    """A finished run of both backends with two seeds, on images and on texts; and what ran it."""
+def compared(options, tmp_path_factory):
+    """A finished run of both libraries with two seeds, on images and on texts."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     chance = np.random.default_rng(1)
     moods = ("no not bad ill", "so so well then", "good yes fine joy")
@@ -90,25 +88,21 @@ def watched(options, tmp_path_factory):
         names = ("negative", "neutral", "positive")
         return assets.LabelledTexts(texts=texts, labels=labels, names=names)
 
-    out, runners, init = tmp_path_factory.mktemp("runs") / "compared", [], Runner.__init__
+    out = tmp_path_factory.mktemp("runs") / "compared"
     with pytest.MonkeyPatch.context() as patch:
-        watch = lambda self, *a: runners.append(self) or init(self, *a)
-        patch.setattr(Runner, "__init__", watch)
         patch.setattr(finetune_data, "drug_reviews", reviews)
-        words = ["--tasks", "fashion", "reviews", "--seeds", "2", "--torch", "--max-length", "32"]
-        words += ["--reviews.learning-rate", "5e-3", "--reviews.epochs", "2"]
+        words = ["--arms", "fashion", "fashion_torch", "reviews", "reviews_torch", "--seeds", "2"]
+        words += ["--max-length", "32", "--reviews.learning-rate", "5e-3", "--reviews.epochs", "2"]
         main([*options, *words, "--out", str(out)])
-    return out, runners
+    return out
 
 
-@pytest.fixture(scope="module")
-def compared(watched):
-    return watched[0]
-
-
-def test_a_program_is_compiled_once_for_all_seeds(watched):
-    images, texts = (runner.train_step.num_compilations for runner in watched[1])
-    assert (images, texts) == (1, 2)  # of two widths
+def test_a_program_is_compiled_once_for_all_seeds(compared):
+    for arm, widths in (("fashion", 1), ("reviews", 2)):
+        results = [
+            json.loads((compared / arm / f"seed-{n}/trial.json").read_text()) for n in (0, 1)
+        ]
+        assert [result["compilations"] for result in results] == [widths, widths]
 
 
 def records(folder, name):
@@ -119,8 +113,8 @@ def records(folder, name):
 def test_ours_and_the_twin_walk_together(compared):
     for task, steps in (("fashion", 30), ("reviews", 12)):
         for seed in (0, 1):
-            ours = records(compared, f"{task}/seed-{seed}/effscale")
-            theirs = records(compared, f"{task}/seed-{seed}/torch")
+            ours = records(compared, f"{task}/seed-{seed}")
+            theirs = records(compared, f"{task}_torch/seed-{seed}")
             assert [r["step"] for r in ours] == [r["step"] for r in theirs]
             assert sum("loss" in r for r in ours) == steps
             for name in ("loss", "grad_norm", "learning_rate", "test_loss"):
@@ -129,8 +123,8 @@ def test_ours_and_the_twin_walk_together(compared):
                 np.testing.assert_allclose(*zip(*values, strict=True), rtol=2e-3, atol=1e-6)
             first = ours[0]["loss"], theirs[0]["loss"]
             np.testing.assert_allclose(*first, rtol=1e-5)
-    other = records(compared, "fashion/seed-1/effscale")
-    assert records(compared, "fashion/seed-0/effscale")[0]["loss"] != other[0]["loss"]
+    other = records(compared, "fashion/seed-1")
+    assert records(compared, "fashion/seed-0")[0]["loss"] != other[0]["loss"]
 
 
 def test_a_run_leaves_what_it_promises(compared):
@@ -139,26 +133,32 @@ def test_a_run_leaves_what_it_promises(compared):
     for task in ("fashion", "reviews"):
         assert results[f"{task}_accuracy"] > results[f"{task}_majority"] + 0.2  # it learned
         assert abs(results[f"{task}_accuracy_difference"]) < 0.05
-        last = [records(compared, f"{task}/seed-{n}/effscale")[-1] for n in (0, 1)]
+        last = [records(compared, f"{task}/seed-{n}")[-1] for n in (0, 1)]
         accuracies = [record["test_accuracy"] for record in last]
         assert results[f"{task}_accuracy"] == pytest.approx(np.mean(accuracies))
-        assert results[f"{task}_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
-    report = (compared / "report.md").read_text()
-    assert "| task | library | seed 0 | seed 1 | mean | std |" in report
-    assert (
-        f"| fashion | PyTorch | {100 * records(compared, 'fashion/seed-0/torch')[-1]['test_accuracy']:.1f} |"
-        in report
-    )
-    figure = compared / "figures" / "accuracy.png"
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    assert figure.stat().st_size < 100_000
-    assert json.loads((compared / "config.json").read_text())["versions"]["jax"]
+        gap = results[f"{task}_accuracy"] - results[f"{task}_torch_accuracy"]
+        assert results[f"{task}_accuracy_difference"] == pytest.approx(gap, abs=1e-9)
+        first = [
+            abs(records(compared, f"{task}/seed-{n}")[0]["loss"] - theirs)
+            for n in (0, 1)
+            for theirs in [records(compared, f"{task}_torch/seed-{n}")[0]["loss"]]
+        ]
+        assert results[f"{task}_loss_gap_first_step"] == max(first)
+        assert results[f"{task}_loss_gap_first_epoch"] < 1e-2
+    (arms,) = results["tables"]
+    rows = {row[0]: row[2] for row in arms["rows"]}
+    assert rows["fashion, effscale"] == "fashion, PyTorch"
+    assert rows["reviews, effscale"] == "reviews, PyTorch"
+    assert rows["fashion, PyTorch"] == rows["reviews, PyTorch"] == ""
+    drawn = {path.name for path in (compared / "figures").iterdir()}
+    assert drawn == {"accuracy.png", "loss_difference.png"}
     assert len(list((compared / "tensorboard").rglob("events*"))) == 8
     assert not list(compared.rglob("checkpoints"))
 
 
+@pytest.mark.parametrize("arm", ["fashion", "fashion_torch"])
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
-    options, compared, tmp_path, monkeypatch, capsys
+    arm, options, compared, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
     step_of = TrainingBatches.__next__
@@ -170,19 +170,17 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
 
     monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
     with pytest.raises(SystemExit) as stop:
-        main([*options, "--out", str(out)])
+        main([*options, "--arms", arm, "--out", str(out)])
     assert stop.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
-    assert (
-        f"stopped and saved fashion/seed-0/effscale at step 23; to resume, use --out {out}" in error
-    )
+    place = out / arm / "seed-0"
+    assert f"stopped and saved {place} at step 23; to resume, use --out {out}" in error
     assert not (out / "results.json").exists()
     main(["--out", str(out), "--resume"])
-    name = "fashion/seed-0/effscale"
-    assert records(out, name) == records(compared, name)
+    assert records(out, f"{arm}/seed-0") == records(compared, f"{arm}/seed-0")
 
 
-def test_dropout_is_drawn_anew_at_each_step_and_not_in_evaluations(options, tmp_path):
+def test_dropout_is_drawn_anew_at_each_step_and_not_in_evaluations():
     config = small_vit()
     block = dataclasses.replace(config.groups[0].blocks[0], dropout=0.5)
     config = dataclasses.replace(
@@ -192,14 +190,12 @@ def test_dropout_is_drawn_anew_at_each_step_and_not_in_evaluations(options, tmp_
     assert model.heads["classes"].dropout == 0.5
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
     batch = {"images": images, "labels": jnp.zeros(8, jnp.int32), "weights": jnp.ones(8)}
-    schedule = ScheduleConfig(kind="constant", peak=1e-9).build()
 
     def first_losses(dropout):
-        optimizer, step = make_step(
-            PRESETS["default"].optimizer, schedule, clip_norm=1.0, dropout=dropout
-        )
-        state, step = create_train_state(model, optimizer, key=jax.random.key(0)), jax.jit(step)
-        state, first = step(state, batch)
+        config = finetune.Config(dropout=dropout)
+        run = finetune.run(config, Recipe(learning_rate=1e-9), 100, model)
+        step = jax.jit(run.step)
+        state, first = step(run.create(), batch)
         return float(first["loss"]), float(step(state, batch)[1]["loss"])
 
     plain = float(jax.jit(class_loss)(model, batch).mean())
@@ -237,7 +233,7 @@ def test_a_new_head_leaves_the_pretrained_model_as_it_was():
 @pytest.mark.parametrize("task", ["reviews", "fashion"])
 def test_the_papers_setting_can_be_lowered(task):
     config = PRESETS["paper"]
-    recipe = config.recipe(task)
+    recipe = getattr(config, task)
     size, rows = config.image_size, recipe.batch_size
     if task == "reviews":
         trunk = bert(num_layers=6, d_model=384, num_heads=12, dropout=0.1)
@@ -251,29 +247,15 @@ def test_the_papers_setting_can_be_lowered(task):
         name: jax.ShapeDtypeStruct(shape, jnp.float32 if name in floats else jnp.int32)
         for name, shape in shapes.items()
     }
-    schedule = ScheduleConfig(kind="linear", peak=recipe.learning_rate, total=100).build()
-    optimizer, step = make_step(
-        config.optimizer, schedule, clip_norm=config.clip_norm, dropout=config.dropout
-    )
-
-    def create():
-        model = Transformer(classifier_config(trunk, 10), rngs=nnx.Rngs(0))
-        return create_train_state(model, optimizer, key=jax.random.key(0))
-
-    lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(create), batch)
+    lowered = finetune.run(config, recipe, 100, classifier_config(trunk, 10)).lower(batch=batch)
     assert lowered.out_info[1]["loss"].shape == ()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tasks", "digit"], "invalid choice 'digit'"),
-        (
-            ["--tasks", "digits", "digits"],
-            "Config.tasks must be different tasks, got ('digits', 'digits')",
-        ),
-        (["--seeds", "0"], "Config.seeds must be at least 1, got 0"),
-        (["--warmup", "1"], "Config.warmup must be from 0 to below 1, got 1.0"),
+        (["--arms", "digit"], "invalid choice 'digit'"),
+        (["--max-length", "3"], "Config.max_length must be at least 4, got 3"),
         (["--fashion.epoch", "0"], "--fashion.epochs"),
         (["--fashion.epochs", "0"], "Recipe.epochs must be at least 1, got 0"),
         (["--fashion.train", "15"], "Recipe.train must be a batch of 16 or more, got 15"),
@@ -297,11 +279,11 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
     reviews = assets.LabelledTexts(texts=("a",) * 20, labels=(0,) * 20, names=("a", "b", "c"))
     monkeypatch.setattr(finetune_data, "drug_reviews", lambda split: reviews)
     monkeypatch.chdir(tmp_path)
-    long = ["--tasks", "reviews", "--max-length", "65"]
-    swapped = ["--tasks", "fashion", "--image-model", str(folders / "text")]
+    long = ["--arms", "reviews", "--max-length", "65"]
+    swapped = ["--arms", "fashion", "--image-model", str(folders / "text")]
     shutil.copytree(folders / "image", tmp_path / "image")
     shutil.copy(folders / "text" / "vocab.txt", tmp_path / "image")
-    other = ["--tasks", "reviews", "--text-model", "image"]
+    other = ["--arms", "reviews", "--text-model", "image"]
     for words, message in (
         (long, "max_length must be at most the model's 64, got 65"),
         (swapped, "model must be an image model"),
@@ -315,8 +297,8 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
 def test_without_torch_the_twin_says_what_to_install(options, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(SystemExit):
-        main([*options, "--torch"])
-    assert "pip install torch transformers, or leave out --torch" in capsys.readouterr().err
+        main([*options, "--arms", "fashion_torch"])
+    assert "pip install torch transformers, or choose arms without it" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # the other tests run smaller ones
@@ -333,5 +315,5 @@ def test_smoke(start, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
     assert results.keys() >= {"reviews_accuracy", "digits_accuracy"}
-    first, *_, last = (r["loss"] for r in records(out, "reviews/seed-0/effscale") if "loss" in r)
+    first, *_, last = (r["loss"] for r in records(out, "reviews/seed-0") if "loss" in r)
     assert last < first

@@ -65,8 +65,10 @@ class Curves:
                 steps, curves = steps[:count], curves[:, :count] - against[:, :count]
             if not len(steps):
                 continue
-            label = results.study.arms[arm].about
-            band(axes, self._costs(results, arm, records, steps), curves, color=color, label=label)
+            look = {"color": color, "label": results.study.arms[arm].about}
+            if len(steps) < 20:  # a single point has no line
+                look["marker"] = "."
+            band(axes, self._costs(results, arm, records, steps), curves, **look)
         x, y = self.labels or (self.over, self.metric)
         axes.set(xlabel=x, ylabel=y)
         if axes.lines:

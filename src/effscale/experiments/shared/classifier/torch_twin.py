@@ -6,6 +6,7 @@ Model, gradient and optimizer do not use effscale: transformers reads the folder
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,8 +14,15 @@ import numpy as np
 
 from effscale.atomic import atomic_file
 from effscale.experiments.shared.classifier.batches import Batch, TrainingBatches
-from effscale.training import AdamWConfig
-from effscale.training.metrics import MetricsWriter
+from effscale.study import Trial
+from effscale.training import (
+    AdamWConfig,
+    ConsoleWriter,
+    JsonlWriter,
+    MultiWriter,
+    TensorBoardWriter,
+)
+from effscale.training.errors import StoppedBySignal
 from effscale.training.signals import StopSignal
 
 
@@ -25,7 +33,8 @@ def require() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"--torch needs torch and transformers ({error}): install them with pip install torch transformers, or leave out --torch"
+            f"an arm in PyTorch needs torch and transformers ({error}): install them with pip install torch transformers, or choose arms "
+            "without it, such as --arms reviews digits fashion"
         ) from error
 
 
@@ -77,26 +86,25 @@ def train(
     twin: Twin,
     batches: TrainingBatches,
     evaluation: Callable[[], Iterable[Batch]],
-    *,
-    writer_of: Callable[[int], MetricsWriter],
-    checkpoint: pathlib.Path,
-) -> int | None:
-    """Train, and write the same records as ``effscale.training.fit``.
-
-    After SIGTERM or Ctrl-C it saves and stops early.
+    trial: Trial,
+) -> None:
+    """Train, and write the same records as ``effscale.training.fit``, or resume from the checkpoint of each epoch.
 
     Args:
         twin: The recipe.
         batches: Training batches, one for each learning rate.
         evaluation: Returns the test batches, from the start at each call.
-        writer_of: Creates the writer of metrics for a run that continues from the given step.
-        checkpoint: A file written after each epoch; if it exists, the run resumes from it.
+        trial: Where to write.
 
-    Returns:
-        The signal that stopped the run early, or None.
+    Raises:
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
     import torch
 
+    name = trial.place.relative_to(trial.study)
+    print(name, file=sys.stderr)
+    checkpoint = trial.place / "checkpoints" / "last.pt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(twin.seed)
     model = twin.build().train(twin.dropout)
     optimizer = make_optimizer(model, twin.optimizer)
@@ -113,7 +121,14 @@ def train(
         with atomic_file(checkpoint) as temporary:
             torch.save(state | {"step": batches.step, "random": torch.get_rng_state()}, temporary)
 
-    writer = writer_of(batches.step)
+    start = batches.step
+    writer = MultiWriter(
+        [
+            JsonlWriter(trial.place / "metrics.jsonl", resume_step=start),
+            TensorBoardWriter(trial.study / "tensorboard" / name, resume_step=start),
+            ConsoleWriter(len(twin.rates), start_step=start),
+        ]
+    )
     try:
         with StopSignal() as stop:
             while (step := batches.step) < len(twin.rates):
@@ -132,10 +147,11 @@ def train(
                     save()
                 if stop.should_stop(step):
                     save()
-                    return stop.received
+                    raise StoppedBySignal(
+                        f"stopped and saved {trial.place} at step {batches.step}", stop.received
+                    )
     finally:
         writer.close()
-    return None
 
 
 def logits(model: Any, batch: Batch) -> Any:
