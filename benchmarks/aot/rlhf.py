@@ -117,7 +117,7 @@ class Case:
 
     def _rollout(self, mesh: Mesh) -> RolloutConfig:
         sampling = SamplingConfig(
-            max_new_tokens=self.config.response_length, stop_ids=(2,), pad_id=1
+            max_new_tokens=self.config.response_length, stop_token_ids=(2,), pad_token_id=1
         )
         return RolloutConfig(sampling=sampling, prepare=_in_bfloat16, mesh=mesh)
 

@@ -36,7 +36,7 @@ def folder(made, tmp_path_factory):
 
 def conversation(made, temperature=1.0, **options):
     model, encoder = made
-    stops = {"stop_ids": encoder.stop_ids, "pad_id": encoder.padding}
+    stops = {"stop_token_ids": encoder.stop_token_ids, "pad_token_id": encoder.padding}
     sampling = SamplingConfig(max_new_tokens=NEW, temperature=temperature, **stops)
     return Conversation(model, encoder, sampling, **options)
 

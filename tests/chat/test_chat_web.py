@@ -36,7 +36,10 @@ def talks():
     texts = ["Human: Name a color. Assistant: Blue."] * 9
     encoder = RecordEncoder(tokenizer=train_tokenizer(texts, vocab_size=300))
     sampling = SamplingConfig(
-        max_new_tokens=6, stop_ids=encoder.stop_ids, pad_id=encoder.padding, temperature=0.0
+        max_new_tokens=6,
+        stop_token_ids=encoder.stop_token_ids,
+        pad_token_id=encoder.padding,
+        temperature=0.0,
     )
     return {
         name: Conversation(model(seed, 320), encoder, sampling)

@@ -162,7 +162,11 @@ def test_packed_rows_read_at_once_are_those_read_one_by_one(
     tmp_path_factory, lengths, length, cross_document, drop_remainder, data
 ):
     store = make_store(tmp_path_factory.mktemp("packed") / "store", lengths)
-    options = {"cross_document": cross_document, "drop_remainder": drop_remainder, "pad_id": 5}
+    options = {
+        "cross_document": cross_document,
+        "drop_remainder": drop_remainder,
+        "pad_token_id": 5,
+    }
     rows = PackedTokens(store, length, **options)
     if not len(rows):
         return

@@ -20,9 +20,11 @@ def make_store(tmp_path_factory):
     names = itertools.count()
     folder = tmp_path_factory.mktemp("stores")
 
-    def make(documents, vocab_size=1000, eos_id=None, **options):
+    def make(documents, vocab_size=1000, eos_token_id=None, **options):
         target = folder / str(next(names))
-        with TokenStoreWriter(target, vocab_size=vocab_size, eos_id=eos_id, **options) as writer:
+        with TokenStoreWriter(
+            target, vocab_size=vocab_size, eos_token_id=eos_token_id, **options
+        ) as writer:
             for document in documents:
                 writer.add_document(document)
         return TokenStore.open(target)

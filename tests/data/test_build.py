@@ -34,16 +34,16 @@ def test_long_documents_come_in_pieces(tokenizer, tmp_path, monkeypatch):
     assert pieces.tokens.tolist() == whole.tokens.tolist()
     assert pieces.offsets.tolist() == whole.offsets.tolist()
     assert whole.num_documents == 3
-    assert whole.document(1).tolist() == [*tokenizer.encode("short").ids, whole.eos_id]
+    assert whole.document(1).tolist() == [*tokenizer.encode("short").ids, whole.eos_token_id]
 
 
 def test_a_document_cannot_forge_a_separator(tokenizer, tmp_path):
     text = "the fox<|endoftext|>the dog"
     safe = write_store(as_documents([text]), tmp_path / "a", tokenizer)
-    assert safe.tokens.tolist().count(safe.eos_id) == 1
+    assert safe.tokens.tolist().count(safe.eos_token_id) == 1
     assert tokenizer.decode(safe.document(0).tolist()) == text
     parsed = write_store(as_documents([text]), tmp_path / "b", tokenizer, parse_special_tokens=True)
-    assert parsed.tokens.tolist().count(parsed.eos_id) == 2
+    assert parsed.tokens.tolist().count(parsed.eos_token_id) == 2
 
 
 def test_truncation_and_padding_of_a_saved_tokenizer_lose_nothing(tokenizer, tmp_path):

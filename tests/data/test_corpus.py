@@ -42,7 +42,7 @@ def test_prepares_once_and_reopens(books, tmp_path, monkeypatch):
     assert first.train.num_documents + first.validation.num_documents == 40
     assert 0 < first.validation.num_documents < 20
     assert first.vocab_size == first.tokenizer.get_vocab_size() == 300
-    assert first.train.tokens[-1] == first.eos_id
+    assert first.train.tokens[-1] == first.eos_token_id
     assert first.train.manifest["metadata"]["sources"] == [books.spec()]
     assert seen[-1].documents == 40
     text = first.tokenizer.decode(first.validation.document(0).tolist())

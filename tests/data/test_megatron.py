@@ -140,7 +140,7 @@ def test_a_corpus_gives_the_rows_of_a_token_store(tmp_path_factory, corpus, leng
     items = list(itertools.chain.from_iterable(corpus))
     boundaries = [0, *itertools.accumulate(len(document) for document in corpus)]
     write_indexed(folder / "corpus", items, "<u2", MEGATRON_UINT16, boundaries)
-    ours = MegatronTokens.open(folder / "corpus", vocab_size=100, eos_id=7, verify="full")
+    ours = MegatronTokens.open(folder / "corpus", vocab_size=100, eos_token_id=7, verify="full")
     with TokenStoreWriter(folder / "store", vocab_size=100) as writer:
         for document in corpus:
             writer.add_document(list(itertools.chain.from_iterable(document)))
@@ -162,13 +162,13 @@ def test_a_corpus_goes_through_the_pipeline_and_to_other_processes(tmp_path):
         tmp_path / "corpus", [list(range(40)), list(range(40, 60))], "<u2", MEGATRON_UINT16
     )
     corpus = MegatronTokens.open(
-        tmp_path / "corpus", vocab_size=60, eos_id=3, tokenizer_digest="abc"
+        tmp_path / "corpus", vocab_size=60, eos_token_id=3, tokenizer_digest="abc"
     )
     rows = packed_rows(corpus, length=8, num_epochs=1)
     seen = sorted(int(token) for i in range(len(rows)) for token in rows[i]["labels"])
     assert seen == list(range(1, 57))
     again = pickle.loads(pickle.dumps(corpus))
-    assert (again.vocab_size, again.eos_id, again.manifest) == (60, 3, corpus.manifest)
+    assert (again.vocab_size, again.eos_token_id, again.manifest) == (60, 3, corpus.manifest)
     assert len(pickle.dumps(corpus)) < 500
     assert repr(corpus).startswith("MegatronTokens(")
     with pytest.raises(ValueError, match="read-only"):
@@ -203,8 +203,8 @@ def test_bad_arguments_and_corpora(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", [[1, 2], [9]], "<i4")
     with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
         MegatronTokens.open(prefix, vocab_size=0)
-    with pytest.raises(ValueError, match=r"eos_id must be from 0 to .*got 9"):
-        MegatronTokens.open(prefix, vocab_size=9, eos_id=9)
+    with pytest.raises(ValueError, match=r"eos_token_id must be from 0 to .*got 9"):
+        MegatronTokens.open(prefix, vocab_size=9, eos_token_id=9)
     MegatronTokens.open(prefix, vocab_size=9, verify="size")
     for verify in ("once", "full"):
         with pytest.raises(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from effscale.data import PackedTokens
 
 
-def reference(documents, length, cross_document, drop_remainder, pad_id):
+def reference(documents, length, cross_document, drop_remainder, pad_token_id):
     """Rows token by token, from the definition."""
     tokens = [(token, number) for number, document in enumerate(documents) for token in document]
     rows = []
@@ -18,7 +18,7 @@ def reference(documents, length, cross_document, drop_remainder, pad_id):
         for at in range(start, start + length):
             if at + 1 >= len(tokens):
                 for key in row:
-                    row[key].append(pad_id if key in ("input_ids", "labels") else 0)
+                    row[key].append(pad_token_id if key in ("input_ids", "labels") else 0)
                 continue
             (token, document), (label, following) = tokens[at], tokens[at + 1]
             if at > start:
@@ -46,7 +46,11 @@ corpora = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), max_siz
 def test_rows_are_those_of_the_definition(
     make_store, documents, length, cross_document, drop_remainder
 ):
-    options = {"cross_document": cross_document, "drop_remainder": drop_remainder, "pad_id": 3}
+    options = {
+        "cross_document": cross_document,
+        "drop_remainder": drop_remainder,
+        "pad_token_id": 3,
+    }
     packed = PackedTokens(make_store(documents, vocab_size=100), length, **options)
     expected = reference(documents, length, **options)
     assert len(packed) == len(expected)
@@ -103,8 +107,8 @@ def test_bad_arguments_are_refused(make_store):
     store = make_store([[1, 2, 3]])
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         PackedTokens(store, 0)
-    with pytest.raises(ValueError, match=r"pad_id must be from 0 to .*got 1000"):
-        PackedTokens(store, 2, pad_id=1000)
+    with pytest.raises(ValueError, match=r"pad_token_id must be from 0 to .*got 1000"):
+        PackedTokens(store, 2, pad_token_id=1000)
     with pytest.raises(IndexError, match="row must be from 0 to 0, got 1"):
         PackedTokens(store, 2)[1]
     assert len(PackedTokens(make_store([]), 2, drop_remainder=False)) == 0

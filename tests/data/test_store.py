@@ -14,10 +14,10 @@ from effscale.data.writer import TokenStoreWriter
 documents = st.lists(st.lists(st.integers(0, 99), max_size=12), max_size=12)
 
 
-@given(documents=documents, eos_id=st.sampled_from([None, 7]), chunk=st.integers(1, 9))
-def test_what_is_written_is_read(make_store, documents, eos_id, chunk):
-    store = make_store(documents, vocab_size=100, eos_id=eos_id)
-    expected = [d + ([] if eos_id is None else [eos_id]) for d in documents if d]
+@given(documents=documents, eos_token_id=st.sampled_from([None, 7]), chunk=st.integers(1, 9))
+def test_what_is_written_is_read(make_store, documents, eos_token_id, chunk):
+    store = make_store(documents, vocab_size=100, eos_token_id=eos_token_id)
+    expected = [d + ([] if eos_token_id is None else [eos_token_id]) for d in documents if d]
     assert [store.document(i).tolist() for i in range(store.num_documents)] == expected
     tokens = list(itertools.chain.from_iterable(expected))
     assert store.tokens.tolist() == tokens
@@ -57,8 +57,8 @@ def test_ids_outside_the_vocabulary_are_refused_and_leave_nothing(tmp_path):
 def test_impossible_arguments_are_refused(tmp_path, make_store):
     with pytest.raises(ValueError, match=r"vocab_size must be .*got 0"):
         TokenStoreWriter(tmp_path / "store", vocab_size=0)
-    with pytest.raises(ValueError, match=r"eos_id must be from 0 to .*got 10"):
-        TokenStoreWriter(tmp_path / "store", vocab_size=10, eos_id=10)
+    with pytest.raises(ValueError, match=r"eos_token_id must be from 0 to .*got 10"):
+        TokenStoreWriter(tmp_path / "store", vocab_size=10, eos_token_id=10)
     with pytest.raises(FileNotFoundError, match="no token store found"):
         TokenStore.open(tmp_path / "nowhere")
 

@@ -75,7 +75,7 @@ def test_any_callable_pytree_is_a_model():
         found = score_continuations(model, contexts, after)
         scores = [expected(model, c, a) for c, a in zip(contexts, after, strict=True)]
         np.testing.assert_allclose(found.log_probs, [score for score, _ in scores], atol=1e-5)
-    total = text_log_probs(bigrams, [contexts[0]], start_id=0, max_length=2)
+    total = text_log_probs(bigrams, [contexts[0]], bos_token_id=0, max_length=2)
     np.testing.assert_allclose(total[0], expected(bigrams, [0], contexts[0])[0], atol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_every_token_of_a_text_is_predicted_once(length, window):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("effscale.evaluation.texts.score_continuations", record)
         total = text_log_probs.__wrapped__(
-            None, [list(range(1, length + 1))], start_id=0, max_length=window
+            None, [list(range(1, length + 1))], bos_token_id=0, max_length=window
         )
     assert seen == list(range(1, length + 1))
     assert total.tolist() == [-(-length // window)]
@@ -134,7 +134,7 @@ def test_texts_longer_than_the_model_reads(model):
     ids = [0, *text]
     windows = [(ids[:1], ids[1:5]), (ids[4:5], ids[5:9]), (ids[7:9], ids[9:12])]
     by_hand = sum(expected(model, *window)[0] for window in windows)
-    found = text_log_probs(model, [text, text[:4]], start_id=0, max_length=4)
+    found = text_log_probs(model, [text, text[:4]], bos_token_id=0, max_length=4)
     np.testing.assert_allclose(found, [by_hand, expected(model, [0], text[:4])[0]], atol=5e-4)
 
 
@@ -185,10 +185,10 @@ def test_where_an_answer_begins(prompt, answer, context, continuation):
 
 def test_a_prompt_without_a_token_of_its_own(model):
     with pytest.raises(
-        ValueError, match=r"prompt 0 has no token before its answers.* Pass start_id"
+        ValueError, match=r"prompt 0 has no token before its answers.* Pass bos_token_id"
     ):
         rank_answers(model, Merging(), ["a"], [["b"]])
-    assert rank_answers(model, Merging(), ["a"], [["b", "\x05"]], start_id=0).best.shape == (1,)
+    assert rank_answers(model, Merging(), ["a"], [["b", "\x05"]], bos_token_id=0).best.shape == (1,)
     assert rank_answers(model, Merging(), [], []).log_probs == []
 
 
@@ -214,7 +214,7 @@ def test_bad_input(model):
     with pytest.raises(ValueError, match="at most max_length=4 tokens, got 5"):
         score_continuations(model, [[1]], [[1, 2, 3, 4, 5]], max_length=4)
     with pytest.raises(ValueError, match="text 0 is empty"):
-        text_log_probs(model, [[]], start_id=0, max_length=4)
+        text_log_probs(model, [[]], bos_token_id=0, max_length=4)
     with pytest.raises(ValueError, match="prompt 0 has no answers"):
         rank_answers(model, None, ["a"], [[]])
 

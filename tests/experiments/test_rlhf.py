@@ -246,4 +246,4 @@ def test_the_preset_of_a_real_model_has_real_pairs():
     assert len(rows["chosen"]) > 40
     text = encoder.tokenizer.decode(rows["chosen"][0].tolist(), skip_special_tokens=False)
     assert "<|im_start|>assistant" in text
-    assert encoder.tokenizer.id_to_token(encoder.stop_ids[0]) == "<|im_end|>"
+    assert encoder.tokenizer.id_to_token(encoder.stop_token_ids[0]) == "<|im_end|>"

@@ -60,11 +60,11 @@ def test_greedy_generation_with_left_padding_equals_full_forward_passes(model):
 
 def test_a_cache_that_grows_gives_the_same_tokens(gpt, monkeypatch):
     tokens, mask = left_pad(PROMPTS)
-    config = SamplingConfig(max_new_tokens=11, temperature=0.0, pad_id=1)
+    config = SamplingConfig(max_new_tokens=11, temperature=0.0, pad_token_id=1)
     whole = generate(gpt, tokens, config, attention_mask=mask)
     monkeypatch.setattr("effscale.generation.loop.STAGE_TOKENS", 2)
     # Another config, or the compiled function with the whole cache would be found again.
-    grown = generate(gpt, tokens, dataclasses.replace(config, pad_id=2), attention_mask=mask)
+    grown = generate(gpt, tokens, dataclasses.replace(config, pad_token_id=2), attention_mask=mask)
     assert grown.tokens[:, 5:].tolist() == whole.tokens[:, 5:].tolist()
 
 
@@ -74,7 +74,10 @@ def test_a_row_ends_with_its_stop_token_and_the_others_go_on(gpt):
     free = generate(gpt, tokens, greedy, attention_mask=mask)
     stop = int(free.tokens[0, tokens.shape[1] + 2])
     stopped = generate(
-        gpt, tokens, dataclasses.replace(greedy, stop_ids=(stop,), pad_id=39), attention_mask=mask
+        gpt,
+        tokens,
+        dataclasses.replace(greedy, stop_token_ids=(stop,), pad_token_id=39),
+        attention_mask=mask,
     )
     for before, after, kept, new in zip(
         *jax.device_get((free.tokens, stopped.tokens, stopped.mask, stopped.num_new)), strict=True
@@ -91,7 +94,9 @@ def test_the_loop_ends_when_all_rows_have(gpt):
     first = int(
         generate(gpt, prompt, SamplingConfig(max_new_tokens=1, temperature=0.0)).tokens[0, 2]
     )
-    config = SamplingConfig(max_new_tokens=20, temperature=0.0, stop_ids=(first,), pad_id=7)
+    config = SamplingConfig(
+        max_new_tokens=20, temperature=0.0, stop_token_ids=(first,), pad_token_id=7
+    )
     out = generate(gpt, prompt, config)
     assert out.num_new.tolist() == [1]
     assert out.tokens[0, 3:].tolist() == [7] * 19
@@ -176,7 +181,7 @@ def test_bad_input_is_named(gpt, arguments, message):
         generate(gpt, config=SamplingConfig(max_new_tokens=5, temperature=0.0), **arguments)
 
 
-@pytest.mark.parametrize("name", ["pad_id", "stop_ids"])
+@pytest.mark.parametrize("name", ["pad_token_id", "stop_token_ids"])
 def test_ids_of_the_config_must_be_in_the_vocabulary(gpt, name):
     with pytest.raises(ValueError, match=rf"{name}.* 40 is outside the model's vocabulary of 40"):
         generate(gpt, [[1]], SamplingConfig(temperature=0.0, **{name: 40}))
@@ -222,7 +227,7 @@ def test_generate_can_be_traced(gpt):
 
 def test_log_probabilities_are_those_of_a_full_pass_at_the_temperature(gpt):
     tokens, mask = left_pad(PROMPTS)
-    config = SamplingConfig(max_new_tokens=6, temperature=0.7, top_k=5, stop_ids=range(20))
+    config = SamplingConfig(max_new_tokens=6, temperature=0.7, top_k=5, stop_token_ids=range(20))
     ask = lambda **options: generate(
         gpt, tokens, config, attention_mask=mask, key=jax.random.key(3), **options
     )
@@ -280,25 +285,25 @@ def test_models_that_cannot_generate_are_refused(config):
 
 
 def test_left_pad():
-    tokens, mask = left_pad([[1, 2, 3], [4]], pad_id=9)
+    tokens, mask = left_pad([[1, 2, 3], [4]], pad_token_id=9)
     assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
     rows = [np.array([1, 2, 3]), jnp.array([4])]
-    assert left_pad(rows, pad_id=9)[0].tolist() == tokens.tolist()
+    assert left_pad(rows, pad_token_id=9)[0].tolist() == tokens.tolist()
     assert left_pad(np.array([[1, 2], [3, 4]]))[0].tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
-    ("rows", "pad_id", "message"),
+    ("rows", "pad_token_id", "message"),
     [
         ([], 0, "at least one row"),
         ([[1], []], 0, r"row 1 must be a non-empty list of integers, got \[\]"),
         ([[1.7]], 0, r"row 0 must be a non-empty list of integers, got \[1\.7\]"),
         ([[1], 2], 0, r"row 1 must be a non-empty list of integers, got 2"),
         ([[1], [2**32 + 5]], 0, r"row 1: token id 4294967301 is outside int32"),
-        ([[1]], 1.7, r"pad_id must be an integer, got 1\.7"),
+        ([[1]], 1.7, r"pad_token_id must be an integer, got 1\.7"),
     ],
 )
-def test_rows_that_cannot_be_padded_are_named(rows, pad_id, message):
+def test_rows_that_cannot_be_padded_are_named(rows, pad_token_id, message):
     with pytest.raises(ValueError, match=message):
-        left_pad(rows, pad_id)
+        left_pad(rows, pad_token_id)

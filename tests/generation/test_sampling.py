@@ -122,20 +122,20 @@ def test_greedy_takes_the_largest(config):
         ("logit_bias", 3),
         ("top_p", 1.5),
         ("repetition_penalty", 0.0),
-        ("pad_id", -1),
+        ("pad_token_id", -1),
         ("top_k", 2.5),
         ("top_k", True),
         ("max_new_tokens", 8.0),
-        ("pad_id", None),
+        ("pad_token_id", None),
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", 1e-9),
         ("temperature", "hot"),
         ("repetition_penalty", math.inf),
-        ("stop_ids", 1.5),
-        ("stop_ids", (1, 2.5)),
-        ("stop_ids", [[1], [2, 3]]),
-        ("stop_ids", "eos"),
+        ("stop_token_ids", 1.5),
+        ("stop_token_ids", (1, 2.5)),
+        ("stop_token_ids", [[1], [2, 3]]),
+        ("stop_token_ids", "eos"),
     ],
 )
 def test_impossible_values_name_the_field(field, value):
@@ -162,7 +162,7 @@ def test_options_that_are_off_make_no_other_program():
 
 @pytest.mark.parametrize("given", [3, np.int64(3), [3], (3,), np.array([3])], ids=repr)
 def test_stop_ids_may_be_one_id_or_any_list_of_them(given):
-    config = unchecked(stop_ids=given, top_k=np.int32(4), temperature=np.float64(0.5))
-    assert config == SamplingConfig(stop_ids=(3,), top_k=4, temperature=0.5)
-    assert hash(config) == hash(SamplingConfig(stop_ids=(3,), top_k=4, temperature=0.5))
+    config = unchecked(stop_token_ids=given, top_k=np.int32(4), temperature=np.float64(0.5))
+    assert config == SamplingConfig(stop_token_ids=(3,), top_k=4, temperature=0.5)
+    assert hash(config) == hash(SamplingConfig(stop_token_ids=(3,), top_k=4, temperature=0.5))
     assert type(config.temperature) is float

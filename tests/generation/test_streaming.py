@@ -30,7 +30,7 @@ from effscale.models import Transformer, gpt2, unroll
 TEXT = "Some words, a naïve café, 東京 and 🙂 again; then some words more. "
 TOKENIZER = train_tokenizer([TEXT * 5], vocab_size=300)
 PROMPTS = [[3, 14, 15, 9, 2], [6, 5], [35]]
-SAMPLING = SamplingConfig(max_new_tokens=11, stop_ids=range(40), pad_id=7)
+SAMPLING = SamplingConfig(max_new_tokens=11, stop_token_ids=range(40), pad_token_id=7)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_stream_yields_what_is_generated_at_once(gpt, chunk, monkeypatch):
 
 def test_a_row_that_is_stopped_is_cut_and_the_others_go_on(gpt):
     tokens, mask = left_pad(PROMPTS)
-    config = dataclasses.replace(SAMPLING, stop_ids=())
+    config = dataclasses.replace(SAMPLING, stop_token_ids=())
     given = {"attention_mask": mask, "key": jax.random.key(2), "scores": True}
     whole = generate(gpt, tokens, config, **given)
     drawn = stream(gpt, tokens, config, chunk=4, **given)

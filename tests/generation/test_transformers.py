@@ -131,9 +131,9 @@ def test_greedy_tokens_logits_and_scores_with_every_option(gpt, ours):
         **options,
         max_new_tokens=NEW,
         temperature=0.0,
-        stop_ids=stops,
+        stop_token_ids=stops,
         logit_bias=bias,
-        pad_id=0,
+        pad_token_id=0,
     )
     out = theirs(
         gpt,
@@ -198,7 +198,10 @@ def test_rows_end_with_the_token_that_completes_a_stop_string(gpt, ours):
     fast = train_tokenizer([text * 9], vocab_size=VOCAB)
     short = [i for i in range(VOCAB) if len(fast.decode([i])) < 2]
     config = SamplingConfig(
-        max_new_tokens=NEW, temperature=0.0, pad_id=0, logit_bias=dict.fromkeys(short, -math.inf)
+        max_new_tokens=NEW,
+        temperature=0.0,
+        pad_token_id=0,
+        logit_bias=dict.fromkeys(short, -math.inf),
     )
     free = generate(ours, PROMPT, config)
     texts = answer_texts(fast, free)

@@ -35,8 +35,8 @@ def test_a_file_that_samples(tmp_path):
         temperature=0.6,
         top_p=0.9,
         top_k=50,
-        stop_ids=(5, 9),
-        pad_id=5,
+        stop_token_ids=(5, 9),
+        pad_token_id=5,
         logit_bias={3: -math.inf},
         max_new_tokens=80,
         min_new_tokens=10,
@@ -48,8 +48,8 @@ def test_a_file_that_samples(tmp_path):
 def test_a_file_without_do_sample_is_greedy_until_a_temperature_is_given(tmp_path):
     fields = {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "eos_token_id": 2, "pad_token_id": 0}
     folder = written(tmp_path, **fields)
-    assert sampling_from_folder(folder) == SamplingConfig(temperature=0.0, stop_ids=2)
-    sampled = SamplingConfig(temperature=0.6, top_p=0.9, stop_ids=2)
+    assert sampling_from_folder(folder) == SamplingConfig(temperature=0.0, stop_token_ids=2)
+    sampled = SamplingConfig(temperature=0.6, top_p=0.9, stop_token_ids=2)
     assert sampling_from_folder(folder, do_sample=True) == sampled
     warmer = sampling_from_folder(folder, temperature=0.8, max_new_tokens=4)
     assert (warmer.temperature, warmer.top_p, warmer.max_new_tokens) == (0.8, 0.9, 4)
@@ -58,7 +58,9 @@ def test_a_file_without_do_sample_is_greedy_until_a_temperature_is_given(tmp_pat
 
 def test_a_folder_without_the_file_has_its_stop_tokens_in_the_models_config(tmp_path):
     folder = written(tmp_path, "config.json", eos_token_id=7, pad_token_id=-1, n_embd=8)
-    assert sampling_from_folder(folder) == SamplingConfig(temperature=0.0, stop_ids=7, pad_id=7)
+    assert sampling_from_folder(folder) == SamplingConfig(
+        temperature=0.0, stop_token_ids=7, pad_token_id=7
+    )
 
 
 def test_fields_that_would_change_the_answer_are_named(tmp_path):
@@ -112,8 +114,8 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
         ),
         (
             {"max_new_tokens": 0},
-            {"pad_id": 3},
-            r"with \{'pad_id': 3\}: SamplingConfig\.max_new_tokens must be at least 1, got 0",
+            {"pad_token_id": 3},
+            r"with \{'pad_token_id': 3\}: SamplingConfig\.max_new_tokens must be at least 1, got 0",
         ),
         ({"max_length": 5}, {"prompt_length": 5}, r"max_new_tokens must be at least 1.*, got 0"),
         ({}, {"top_q": 1}, r"top_q is not a field of SamplingConfig: did you mean 'top_"),

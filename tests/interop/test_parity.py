@@ -130,7 +130,7 @@ def check(case):
             gradient, mine = ours(model, arrays, chosen)
             check_outputs(case, mine, outputs, arrays)
         if case.architecture == DECODERS.get(case.model_type, ("",))[0]:
-            sampling = SamplingConfig(max_new_tokens=NEW, temperature=0.0, pad_id=1)
+            sampling = SamplingConfig(max_new_tokens=NEW, temperature=0.0, pad_token_id=1)
             found = generate(model, arrays["ids"], sampling, attention_mask=arrays["mask"])
             np.testing.assert_array_equal(found.tokens, torch_greedy(theirs, arrays, NEW))
         loss = loss_of(

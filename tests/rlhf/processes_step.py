@@ -33,7 +33,7 @@ tiny = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=32, max_length=10)
 scored = dataclasses.replace(tiny, heads=(ClassHead(num_classes=1, name="score", pool="last"),))
 make = lambda config: shard(Transformer(config, rngs=nnx.Rngs(0)), mesh)
 config = GroupConfig(group_size=2, advantage="leave_one_out", kl_in="reward")
-sampling = SamplingConfig(max_new_tokens=6, stop_ids=(1,))
+sampling = SamplingConfig(max_new_tokens=6, stop_token_ids=(1,))
 optimizer = optax.adam(jnp.float32(1e-2))
 prompts = np.random.default_rng(0).integers(2, 32, (4, PROMPT)).astype(np.int32)
 

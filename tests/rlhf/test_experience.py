@@ -24,7 +24,9 @@ from effscale.rlhf import (
 from effscale.training import create_train_state, make_train_step
 
 VOCAB, RESPONSE = 23, 6
-SAMPLING = SamplingConfig(max_new_tokens=RESPONSE, temperature=0.9, stop_ids=(1,), pad_id=0)
+SAMPLING = SamplingConfig(
+    max_new_tokens=RESPONSE, temperature=0.9, stop_token_ids=(1,), pad_token_id=0
+)
 PROMPT = jnp.asarray(np.random.default_rng(0).integers(2, VOCAB, (16, 4)), jnp.int32)
 MASK = jnp.asarray(np.arange(4)[None] >= np.arange(16)[:, None] % 3)
 CONFIG = PPOConfig(missing_end_penalty=0.5)
@@ -49,7 +51,7 @@ def rollout(actor, reference, critic, key):
     answer = drawn.tokens[:, 4:]
     good = ((answer % 2 == 0) & drawn.mask[:, 4:]).sum(1).astype(jnp.float32)
     values = response_values(critic, *given)
-    return make_experience(drawn, priors, values, good, stop_ids=(1,), config=CONFIG)
+    return make_experience(drawn, priors, values, good, stop_token_ids=(1,), config=CONFIG)
 
 
 def test_a_step_begins_at_the_policy_that_drew():
@@ -126,7 +128,7 @@ def test_a_cut_off_response_pays():
     )
     given = (drawn, drawn.log_probs, jnp.zeros_like(drawn.log_probs), jnp.zeros(16))
     plain = PPOConfig(whiten_advantages=False, lam=1.0, missing_end_penalty=0.5)
-    experience, metrics = make_experience(*given, stop_ids=(1,), config=plain)
+    experience, metrics = make_experience(*given, stop_token_ids=(1,), config=plain)
     ended = ((np.asarray(drawn.tokens[:, 4:]) == 1) & np.asarray(drawn.mask[:, 4:])).any(1)
     assert 0 < ended.sum() < 16
     np.testing.assert_allclose(metrics["ended"], ended.mean())

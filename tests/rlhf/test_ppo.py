@@ -64,7 +64,9 @@ def test_deepspeed_chat():
     mask = jnp.concatenate([jnp.ones((2, 3), bool), reach], 1)
     drawn = Generated(tokens, mask, reach.sum(1), jnp.zeros(2, bool), given.log_probs)
     experience, _ = make_experience(
-        *(drawn, given.reference, given.values, given.scores), stop_ids=(0,), config=DEEPSPEED_CHAT
+        *(drawn, given.reference, given.values, given.scores),
+        stop_token_ids=(0,),
+        config=DEEPSPEED_CHAT,
     )
     np.testing.assert_array_equal(experience.learned, given.mask)
     advantages, returns = gae(rewards, given.values, reach)

@@ -36,7 +36,9 @@ def make(family="gpt2", heads=None, seed=0):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_are_those_of_the_drawing(family):
     model = make(family)
-    sampling = SamplingConfig(max_new_tokens=9, temperature=0.7, stop_ids=(5, 6, 7, 8), pad_id=0)
+    sampling = SamplingConfig(
+        max_new_tokens=9, temperature=0.7, stop_token_ids=(5, 6, 7, 8), pad_token_id=0
+    )
     given = {"attention_mask": MASK, "key": jax.random.key(1), "log_probs": True}
     drawn = decode(model, PROMPT, sampling, **given)
     again = jax.jit(response_log_probs, static_argnames=("response", "temperature"))

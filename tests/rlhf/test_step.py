@@ -36,7 +36,9 @@ from effscale.training import Checkpoints, create_train_state, fit, make_train_s
 from tests.parallel.local_launch import launch_local
 
 VOCAB, PROMPT, RESPONSE, ROWS = 32, 4, 6, 16
-SAMPLING = SamplingConfig(max_new_tokens=RESPONSE, temperature=0.9, stop_ids=(1,), pad_id=0)
+SAMPLING = SamplingConfig(
+    max_new_tokens=RESPONSE, temperature=0.9, stop_token_ids=(1,), pad_token_id=0
+)
 ROLLOUT = RolloutConfig(sampling=SAMPLING)
 PPO = PPOConfig(missing_end_penalty=0.5, kl_target=1.0, kl_horizon=100.0)
 

@@ -63,8 +63,8 @@ class Conversation:
         encoder = load_encoder(folder, format=config.format)
         sampling = sampling_from_folder(
             folder,
-            stop_ids=encoder.stop_ids,
-            pad_id=encoder.padding,
+            stop_token_ids=encoder.stop_token_ids,
+            pad_token_id=encoder.padding,
             **config.sampling_changes(),
         )
         model = load_pretrained(folder, dtype=config.dtype)

@@ -33,7 +33,7 @@ def fingerprint(source: Any) -> str:
             "length": source.length,
             "cross_document": source.cross_document,
             "drop_remainder": source.drop_remainder,
-            "pad_id": source.pad_id,
+            "pad_id": source.pad_token_id,
         }
         digest.update(json.dumps(facts, sort_keys=True).encode())
         return f"packed-{digest.hexdigest()}"

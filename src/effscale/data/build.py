@@ -63,7 +63,7 @@ def write_splits(
             f"folders must have one entry for each split, got {sorted(folders)} for the splits "
             f"{sorted(splits.fractions)}"
         )
-    eos_id = separator_id(tokenizer, eos_token)
+    eos_token_id = separator_id(tokenizer, eos_token)
     digest = tokenizer_digest(tokenizer)
     done = Progress(0, 0, 0)
     with contextlib.ExitStack() as stack:
@@ -72,7 +72,7 @@ def write_splits(
                 TokenStoreWriter(
                     folder,
                     vocab_size=tokenizer.get_vocab_size(),
-                    eos_id=eos_id,
+                    eos_token_id=eos_token_id,
                     tokenizer_digest=digest,
                     metadata={**(metadata or {}), "split": name, "split_seed": splits.seed},
                     overwrite=overwrite,

@@ -43,7 +43,7 @@ class Corpus:
         tokenizer: The tokenizer of the corpus.
         train: The training documents.
         validation: The held-out documents.
-        eos_id: The token that ends each document.
+        eos_token_id: The token that ends each document.
         folder: The folder that contains the corpus.
         skipped: The documents that were left out when the corpus was built.
         num_bytes: The size of the text in UTF-8 bytes.
@@ -52,7 +52,7 @@ class Corpus:
     tokenizer: tokenizers.Tokenizer
     train: TokenStore
     validation: TokenStore
-    eos_id: int
+    eos_token_id: int
     folder: pathlib.Path
     skipped: dict[str, Any]
     num_bytes: int
@@ -260,7 +260,7 @@ def _open(target: pathlib.Path, verify: Verify) -> Corpus:
         tokenizer=tokenizer,
         train=stores["train"],
         validation=stores["validation"],
-        eos_id=content["request"]["eos_id"],
+        eos_token_id=content["request"]["eos_id"],
         folder=target,
         skipped=content["skipped"],
         num_bytes=content["num_bytes"],

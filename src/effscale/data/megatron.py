@@ -148,7 +148,7 @@ class MegatronTokens(TokenStore):
     >>> _ = pathlib.Path(prefix + ".bin").write_bytes(struct.pack("<5H", *tokens))
     >>> _ = pathlib.Path(prefix + ".idx").write_bytes(
     ...     struct.pack("<9sQBQQ2i2q3q", b"MMIDIDX", 1, 8, 2, 3, *(3, 2), *(0, 6), *(0, 1, 2)))
-    >>> corpus = MegatronTokens.open(prefix, vocab_size=10, eos_id=0)
+    >>> corpus = MegatronTokens.open(prefix, vocab_size=10, eos_token_id=0)
     >>> corpus.num_documents, corpus.document(1).tolist()
     (2, [7, 0])
     """
@@ -158,7 +158,7 @@ class MegatronTokens(TokenStore):
         prefix: pathlib.Path,
         *,
         vocab_size: int,
-        eos_id: int | None,
+        eos_token_id: int | None,
         tokenizer_digest: str | None,
         verify: Verify = "once",
     ):
@@ -180,7 +180,7 @@ class MegatronTokens(TokenStore):
             "num_documents": len(self.offsets) - 1,
             "empty_documents": len(documents) - len(self.offsets),
             "vocab_size": vocab_size,
-            "eos_id": eos_id,
+            "eos_id": eos_token_id,
             "tokenizer": tokenizer_digest,
             "metadata": {},
             "files": {
@@ -199,7 +199,7 @@ class MegatronTokens(TokenStore):
         prefix: str | os.PathLike[str],
         *,
         vocab_size: int,
-        eos_id: int | None = None,
+        eos_token_id: int | None = None,
         tokenizer_digest: str | None = None,
         verify: Verify = "once",
     ) -> "MegatronTokens":
@@ -208,7 +208,7 @@ class MegatronTokens(TokenStore):
         Args:
             prefix: The path without ``.idx`` and ``.bin``, such as ``.../my-corpus_text_document``.
             vocab_size: An upper bound on the ids (exclusive). The files do not contain it.
-            eos_id: The token at the end of each document, if ``--append-eod`` added one.
+            eos_token_id: The token at the end of each document, if ``--append-eod`` added one.
             tokenizer_digest: The result of `tokenizer_digest`, to distinguish corpora with different tokenizers.
             verify: ``"full"`` reads all tokens, at the speed of the disk, and checks that they are in the
                 vocabulary. ``"once"`` does the same unless this machine has already done it since the file last changed.
@@ -223,15 +223,15 @@ class MegatronTokens(TokenStore):
         check_verify(verify)
         if vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
-        if eos_id is not None and not 0 <= eos_id < vocab_size:
+        if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
             raise ValueError(
-                f"eos_id must be from 0 to vocab_size-1={vocab_size - 1}, got {eos_id}"
+                f"eos_token_id must be from 0 to vocab_size-1={vocab_size - 1}, got {eos_token_id}"
             )
         path = pathlib.Path(prefix).absolute()
         corpus = cls(
             path,
             vocab_size=vocab_size,
-            eos_id=eos_id,
+            eos_token_id=eos_token_id,
             tokenizer_digest=tokenizer_digest,
             verify=verify,
         )
@@ -261,7 +261,7 @@ class MegatronTokens(TokenStore):
     def __reduce__(self):  # pyrefly: ignore[bad-override]
         known = {
             "vocab_size": self.vocab_size,
-            "eos_id": self.eos_id,
+            "eos_token_id": self.eos_token_id,
             "tokenizer_digest": self.manifest["tokenizer"],
         }
         open_again = functools.partial(MegatronTokens.open, verify=self._verify_again, **known)

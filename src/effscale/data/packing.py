@@ -33,7 +33,7 @@ class PackedTokens:
         *,
         cross_document: bool = False,
         drop_remainder: bool = True,
-        pad_id: int = 0,
+        pad_token_id: int = 0,
     ):
         """Create the data source.
 
@@ -43,16 +43,18 @@ class PackedTokens:
             cross_document: Whether to treat the row as one document: a single segment, continuous positions, and
                 a loss on every label.
             drop_remainder: Whether to drop the last row if it is not full; otherwise it is padded.
-            pad_id: The padding token.
+            pad_token_id: The padding token.
 
         Raises:
-            ValueError: ``length`` or ``pad_id`` is out of range.
+            ValueError: ``length`` or ``pad_token_id`` is out of range.
         """
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        if not 0 <= pad_id < store.vocab_size:
-            raise ValueError(f"pad_id must be from 0 to {store.vocab_size - 1}, got {pad_id}")
-        self.store, self.length, self.pad_id = store, length, pad_id
+        if not 0 <= pad_token_id < store.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be from 0 to {store.vocab_size - 1}, got {pad_token_id}"
+            )
+        self.store, self.length, self.pad_token_id = store, length, pad_token_id
         self.cross_document, self.drop_remainder = cross_document, drop_remainder
         labels = max(store.num_tokens - 1, 0)
         self._rows = labels // length if drop_remainder else -(-labels // length)
@@ -80,8 +82,8 @@ class PackedTokens:
         segments = np.repeat(np.arange(1, len(starts) + 1), lengths)
         positions = np.arange(count) - np.repeat(starts, lengths)
         return {
-            "input_ids": self._pad(window[:-1], np.int32, self.pad_id),
-            "labels": self._pad(window[1:], np.int32, self.pad_id),
+            "input_ids": self._pad(window[:-1], np.int32, self.pad_token_id),
+            "labels": self._pad(window[1:], np.int32, self.pad_token_id),
             "loss_weights": self._pad(weights, np.float32, 0),
             "segment_ids": self._pad(segments, np.int32, 0),
             "positions": self._pad(positions, np.int32, 0),

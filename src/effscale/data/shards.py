@@ -114,9 +114,9 @@ class TokenShards:
         return self.shards[0].vocab_size
 
     @property
-    def eos_id(self) -> int | None:
+    def eos_token_id(self) -> int | None:
         """The token at the end of each document, if there is one."""
-        return self.shards[0].eos_id
+        return self.shards[0].eos_token_id
 
     def __repr__(self) -> str:
         return f"TokenShards({str(self.folder)!r}, {len(self.shards)} shards, num_tokens={self.num_tokens})"
@@ -161,4 +161,4 @@ def pack(
 
 
 def _vocabulary(store: TokenStore) -> tuple[Any, ...]:
-    return store.manifest["tokenizer"], store.vocab_size, store.eos_id
+    return store.manifest["tokenizer"], store.vocab_size, store.eos_token_id

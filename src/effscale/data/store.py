@@ -128,7 +128,7 @@ class TokenStore:
         return self.manifest["vocab_size"]
 
     @property
-    def eos_id(self) -> int | None:
+    def eos_token_id(self) -> int | None:
         """The token at the end of each document, if there is one."""
         return self.manifest["eos_id"]
 

@@ -33,7 +33,7 @@ class TokenStoreWriter:
     >>> import tempfile
     >>> from effscale.data import TokenStore
     >>> folder = tempfile.mkdtemp() + "/store"
-    >>> with TokenStoreWriter(folder, vocab_size=10, eos_id=0) as writer:
+    >>> with TokenStoreWriter(folder, vocab_size=10, eos_token_id=0) as writer:
     ...     writer.add_document([1, 2, 3])
     ...     writer.add_document([4])
     >>> store = TokenStore.open(folder)
@@ -46,7 +46,7 @@ class TokenStoreWriter:
         folder: str | os.PathLike[str],
         *,
         vocab_size: int,
-        eos_id: int | None = None,
+        eos_token_id: int | None = None,
         tokenizer_digest: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -56,22 +56,22 @@ class TokenStoreWriter:
         Args:
             folder: The store's folder, which must not exist yet.
             vocab_size: The size of the vocabulary. It also selects uint16 or uint32 as the type of the ids.
-            eos_id: A token to append to each document.
+            eos_token_id: A token to append to each document.
             tokenizer_digest: The result of `tokenizer_digest`, to distinguish stores with different tokenizers.
             metadata: Plain values to store in the manifest, such as the source.
             overwrite: Whether to replace an existing folder once the new one is complete.
 
         Raises:
-            ValueError: ``vocab_size`` or ``eos_id`` is out of range.
+            ValueError: ``vocab_size`` or ``eos_token_id`` is out of range.
         """
         if not 1 <= vocab_size <= 2**32:
             raise ValueError(f"vocab_size must be from 1 to 2**32, got {vocab_size}")
-        if eos_id is not None and not 0 <= eos_id < vocab_size:
+        if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
             raise ValueError(
-                f"eos_id must be from 0 to vocab_size-1={vocab_size - 1}, got {eos_id}"
+                f"eos_token_id must be from 0 to vocab_size-1={vocab_size - 1}, got {eos_token_id}"
             )
         self.folder = local_path(folder)
-        self.vocab_size, self.eos_id = vocab_size, eos_id
+        self.vocab_size, self.eos_token_id = vocab_size, eos_token_id
         self.num_tokens = self.num_documents = self.empty_documents = 0
         self.metadata = dict(metadata or {})
         self._tokenizer_digest, self._overwrite = tokenizer_digest, overwrite
@@ -109,8 +109,8 @@ class TokenStoreWriter:
         if self.num_tokens == self._start:
             self.empty_documents += 1
             return
-        if self.eos_id is not None:
-            self.write([self.eos_id])
+        if self.eos_token_id is not None:
+            self.write([self.eos_token_id])
         self._offsets.write(np.array([self.num_tokens], OFFSET_DTYPE))
         self.num_documents += 1
         self._start = self.num_tokens
@@ -141,7 +141,7 @@ class TokenStoreWriter:
             "num_documents": self.num_documents,
             "empty_documents": self.empty_documents,
             "vocab_size": self.vocab_size,
-            "eos_id": self.eos_id,
+            "eos_id": self.eos_token_id,
             "tokenizer": self._tokenizer_digest,
             "metadata": self.metadata,
             "files": {TOKENS: self._tokens.summary(), OFFSETS: self._offsets.summary()},

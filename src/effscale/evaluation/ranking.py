@@ -31,7 +31,7 @@ def rank_answers(
     answers: Sequence[Sequence[str]],
     *,
     normalize: Normalization = "none",
-    start_id: int | None = None,
+    bos_token_id: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> RankedAnswers:
@@ -48,7 +48,7 @@ def rank_answers(
         answers: The possible answers to each prompt, including the space after the prompt if there is one.
         normalize: ``"none"`` compares sums of log-probabilities, as T0 and BLOOMZ do; ``"token"`` and ``"byte"`` divide
             them by the length of the answer.
-        start_id: A token before each prompt, such as the one that begins a text; required if a prompt is empty.
+        bos_token_id: A token before each prompt, such as the one that begins a text; required if a prompt is empty.
         batch_size: The number of rows in a batch.
         max_length: The maximum number of tokens that the model reads; a longer prompt loses its beginning.
 
@@ -82,7 +82,7 @@ def rank_answers(
         raise ValueError(f"normalize must be one of {get_args(Normalization)}, got {normalize!r}")
     if not prompts:
         return RankedAnswers(np.zeros(0, np.int64), [])
-    begin = [] if start_id is None else [start_id]
+    begin = [] if bos_token_id is None else [bos_token_id]
     contexts, continuations, sizes = [], [], []
     for number, (prompt, choices) in enumerate(zip(prompts, answers, strict=True)):
         if not choices:
@@ -93,7 +93,7 @@ def rank_answers(
             context, continuation = _divided(tokenizer, prompt, answer)
             if not (begin or context):
                 raise ValueError(
-                    f"prompt {number} has no token before its answers. Pass start_id, the token that begins a text."
+                    f"prompt {number} has no token before its answers. Pass bos_token_id, the token that begins a text."
                 )
             contexts.append([*begin, *context])
             continuations.append(continuation)

@@ -13,7 +13,7 @@ def text_log_probs(
     model: Any,
     texts: Sequence[Sequence[int]],
     *,
-    start_id: int,
+    bos_token_id: int,
     max_length: int,
     batch_size: int = 8,
 ) -> Shaped[np.ndarray, "texts"]:
@@ -27,7 +27,7 @@ def text_log_probs(
     Args:
         model: As in ``score_continuations``.
         texts: Token ids, at least one for each text.
-        start_id: The token before the first one.
+        bos_token_id: The token before the first one.
         max_length: The maximum number of tokens that the model reads.
         batch_size: The number of windows in a batch.
 
@@ -38,7 +38,7 @@ def text_log_probs(
         >>> from flax import nnx
         >>> from effscale.models import Transformer, gpt2
         >>> tiny = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=50, max_length=8)
-        >>> text_log_probs(Transformer(tiny, rngs=nnx.Rngs(0)), [list(range(20))], start_id=0, max_length=8).shape
+        >>> text_log_probs(Transformer(tiny, rngs=nnx.Rngs(0)), [list(range(20))], bos_token_id=0, max_length=8).shape
         (1,)
     """
     if max_length < 1:
@@ -47,7 +47,7 @@ def text_log_probs(
     for number, text in enumerate(texts):
         if not len(text):
             raise ValueError(f"text {number} is empty")
-        ids = [start_id, *text]
+        ids = [bos_token_id, *text]
         for begin in range(0, len(text), max_length):
             end = min(begin + max_length, len(text))
             # ids[end] is the last token that this window predicts; it reads those before.

@@ -36,8 +36,8 @@ def checked_prompt(
     check_ids(ids, inputs.vocab_size, vocabulary)
     biased = [token for token, _ in config.biases]
     for name, some in (
-        ("pad_id", [config.pad_id]),
-        ("stop_ids:", config.stop_ids),
+        ("pad_token_id", [config.pad_token_id]),
+        ("stop_token_ids:", config.stop_token_ids),
         ("logit_bias:", biased),
     ):
         check_ids(np.array(some), inputs.vocab_size, vocabulary, name=name)

@@ -67,13 +67,13 @@ class SamplingConfig(Options):
     sorted tuple of pairs."""
     num_return_sequences: PositiveInt = 1
     """Number of answers per prompt, returned as consecutive rows. The prompt is computed only once."""
-    stop_ids: TokenIds = ()
+    stop_token_ids: TokenIds = ()
     """Token ids that end a row when drawn. May be one id or a list, tuple or array; stored as a tuple."""
-    pad_id: NonNegativeInt = 0
+    pad_token_id: NonNegativeInt = 0
     """Token id that fills rows that have ended."""
 
     def __post_init__(self):
-        self._keep_stop_ids()
+        self._keep_stop_token_ids()
         self._keep_logit_bias()
         super().__post_init__()
         object.__setattr__(self, "top_k", self.top_k or None)
@@ -86,11 +86,13 @@ class SamplingConfig(Options):
         wanted = "1 with greedy decoding, where all answers to a prompt would be the same"
         check(self, differ, "num_return_sequences", wanted)
 
-    def _keep_stop_ids(self) -> None:
-        stops = integers(self.stop_ids)
+    def _keep_stop_token_ids(self) -> None:
+        stops = integers(self.stop_token_ids)
         wanted = "an integer, or a list, tuple or array of integers"
-        check(self, stops is not None and stops.ndim <= 1, "stop_ids", wanted)
-        object.__setattr__(self, "stop_ids", () if stops is None else tuple(stops.ravel().tolist()))
+        check(self, stops is not None and stops.ndim <= 1, "stop_token_ids", wanted)
+        object.__setattr__(
+            self, "stop_token_ids", () if stops is None else tuple(stops.ravel().tolist())
+        )
 
     def _keep_logit_bias(self) -> None:
         given: Any = self.logit_bias

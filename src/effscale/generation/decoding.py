@@ -23,7 +23,7 @@ class Generated:
     With ``num_return_sequences=n``, the ``n`` answers to a prompt are ``n`` consecutive rows.
 
     Attributes:
-        tokens: Prompt and answer; ``pad_id`` after the end of a row.
+        tokens: Prompt and answer; ``pad_token_id`` after the end of a row.
         mask: True at the real tokens of the prompt and at the tokens of the answer, including its stop token.
         num_new: Length of each answer, including its stop token.
         failed: Whether a row ended because its logits became NaN or infinite, or because every token was excluded.

@@ -90,7 +90,7 @@ def begin(
         seen = jnp.zeros((batch, vocab), bool)
         seen = seen.at[jnp.arange(batch)[:, None], prompt].max(mask)
     room = lambda wanted, *shape: jnp.zeros((batch, new, *shape), jnp.float32) if wanted else None
-    tokens = jnp.full((batch, length + new), config.pad_id, jnp.int32)
+    tokens = jnp.full((batch, length + new), config.pad_token_id, jnp.int32)
     carry = Carry(
         step=jnp.int32(0),
         cache=cache,
@@ -148,8 +148,8 @@ def append(
         return jax.lax.dynamic_update_slice_in_dim(room, new[:, None], carry.step, 1)
 
     log_probs = None if carry.log_probs is None else _log_prob(raw, token, config)
-    chosen = jnp.where(carry.finished, config.pad_id, token)
-    stops = jnp.asarray(config.stop_ids, jnp.int32)
+    chosen = jnp.where(carry.finished, config.pad_token_id, token)
+    stops = jnp.asarray(config.stop_token_ids, jnp.int32)
     rows = jnp.arange(chosen.shape[0])
     return Carry(
         step=carry.step + 1,

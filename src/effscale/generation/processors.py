@@ -61,9 +61,9 @@ def process(
         logits = penalize(logits, seen, config.repetition_penalty)
     if config.no_repeat_ngram_size:
         logits = forbid_repeated_ngrams(logits, history, config.no_repeat_ngram_size)
-    if config.min_new_tokens and config.stop_ids:
+    if config.min_new_tokens and config.stop_token_ids:
         early = history.step < config.min_new_tokens
-        logits = forbid(logits, np.asarray(config.stop_ids), early)
+        logits = forbid(logits, np.asarray(config.stop_token_ids), early)
     for processor in processors:
         logits = _checked(processor, processor(logits, history), logits)
     return logits
@@ -90,7 +90,7 @@ def may_forbid_all(config: SamplingConfig, processors: Sequence[LogitsProcessor]
     return bool(
         processors
         or config.no_repeat_ngram_size
-        or (config.min_new_tokens and config.stop_ids)
+        or (config.min_new_tokens and config.stop_token_ids)
         or any(bias == -math.inf for _, bias in config.biases)
     )
 

@@ -26,13 +26,13 @@ def check_ids(ids: np.ndarray, limit: int, where: str, *, name: str = "token id"
 
 
 def left_pad(
-    rows: Iterable[Any], pad_id: Any = 0
+    rows: Iterable[Any], pad_token_id: Any = 0
 ) -> tuple[Int[np.ndarray, "batch seq"], Bool[np.ndarray, "batch seq"]]:
     """Pad rows of token ids on the left to the same length.
 
     Args:
         rows: One list or array of token ids per row; their lengths may differ.
-        pad_id: Token id that fills the shorter rows.
+        pad_token_id: Token id that fills the shorter rows.
 
     Returns:
         The ids, int32, and a mask that is True at the given ids.
@@ -48,7 +48,7 @@ def left_pad(
     if not checked:
         raise ValueError("rows must contain at least one row, got none")
     width = max(map(len, checked))
-    tokens = np.full((len(checked), width), _int32(pad_id, "pad_id", ndim=0))
+    tokens = np.full((len(checked), width), _int32(pad_token_id, "pad_token_id", ndim=0))
     mask = np.zeros(tokens.shape, bool)
     for i, ids in enumerate(checked):
         tokens[i, width - len(ids) :] = ids

@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
     """The next tokens of each row.
 
     Attributes:
-        tokens: The new tokens; ``pad_id`` in rows that have ended.
+        tokens: The new tokens; ``pad_token_id`` in rows that have ended.
         mask: True at the tokens of the answers, including their stop tokens.
     """
 
@@ -183,7 +183,7 @@ def _cut(out: Generated, config: SamplingConfig) -> Generated:
     """Remove what was drawn after the end of rows that were stopped."""
     length = out.tokens.shape[1] - config.max_new_tokens
     new = out.mask[:, length:]
-    answers = jnp.where(new, out.tokens[:, length:], config.pad_id)
+    answers = jnp.where(new, out.tokens[:, length:], config.pad_token_id)
     kept = lambda a: (
         None if a is None else jnp.where(jnp.expand_dims(new, range(2, a.ndim)), a, 0.0)
     )

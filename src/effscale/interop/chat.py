@@ -26,16 +26,16 @@ class FolderChat(NamedTuple):
     Attributes:
         tokenizer: The tokenizer.
         names: The special tokens by role, such as ``{"eos": "<|im_end|>"}``.
-        end_id: The token that ends a text.
-        pad_id: The padding token; None if the folder does not define one.
+        eos_token_id: The token that ends a text.
+        pad_token_id: The padding token; None if the folder does not define one.
         template: The source of the chat template, or several templates as a list of ``name`` and ``template``; None
             if there is none.
     """
 
     tokenizer: tokenizers.Tokenizer
     names: Mapping[str, str]
-    end_id: int
-    pad_id: int | None
+    eos_token_id: int
+    pad_token_id: int | None
     template: Any
 
     def chat_template(
@@ -99,8 +99,12 @@ def load_encoder(
     return RecordEncoder(
         tokenizer=tokenizer,
         format="deepspeed_chat" if chosen is None else chosen,
-        end_id=found.end_id if end_token is None else separator_id(tokenizer, end_token),
-        pad_id=found.pad_id if pad_token is None else separator_id(tokenizer, pad_token),
+        eos_token_id=found.eos_token_id
+        if end_token is None
+        else separator_id(tokenizer, end_token),
+        pad_token_id=found.pad_token_id
+        if pad_token is None
+        else separator_id(tokenizer, pad_token),
         parse_special_tokens=parse_special_tokens,
     )
 

@@ -89,7 +89,7 @@ def sampling_from_folder(
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> fields = {"do_sample": True, "top_p": 0.9, "max_new_tokens": 64, "eos_token_id": [2, 7]}
         >>> _ = (folder / "generation_config.json").write_text(json.dumps(fields))
-        >>> sampling_from_folder(folder, temperature=0.7).stop_ids
+        >>> sampling_from_folder(folder, temperature=0.7).stop_token_ids
         (2, 7)
     """
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
@@ -138,8 +138,8 @@ def _sampling_of(fields: Any, do_sample: bool) -> dict[str, Any]:
         fields.wholes("eos_token_id") if several else [fields.whole("eos_token_id", -1, least=-1)]
     )
     pad = fields.whole("pad_token_id", -1, least=-1)
-    found["stop_ids"] = tuple(end for end in ends if end >= 0)
-    found["pad_id"] = pad if pad >= 0 else next(iter(found["stop_ids"]), None)
+    found["stop_token_ids"] = tuple(end for end in ends if end >= 0)
+    found["pad_token_id"] = pad if pad >= 0 else next(iter(found["stop_token_ids"]), None)
     found["logit_bias"] = dict.fromkeys(fields.wholes("suppress_tokens", []), -math.inf)
     return {name: value for name, value in found.items() if value is not None}
 

@@ -76,7 +76,7 @@ def make_experience(
     values: Float[Array, "batch response"],
     scores: Float[Array, "batch"],
     *,
-    stop_ids: Sequence[int] = (),
+    stop_token_ids: Sequence[int] = (),
     config: PPOConfig = PPOConfig(),
     kl_coef: Float[Array, ""] | float | None = None,
 ) -> tuple[Experience, dict[str, Float[Array, ""]]]:
@@ -88,7 +88,7 @@ def make_experience(
             ``effscale.rlhf.response_log_probs``.
         values: Values of the critic, see ``effscale.rlhf.response_values``.
         scores: Scores of whole responses, from a reward model or a function.
-        stop_ids: Tokens that end a response, the same as for ``drawn``; needed for ``missing_end_penalty`` and its
+        stop_token_ids: Tokens that end a response, the same as for ``drawn``; needed for ``missing_end_penalty`` and its
             metric, and for ``learn_end=False``.
         config: Options of PPO.
         kl_coef: The KL coefficient, if it changes; None uses that of ``config``.
@@ -101,7 +101,7 @@ def make_experience(
         ValueError: ``drawn`` has no log-probabilities.
     """
     log_probs, mask, learned, kl, paid, metrics = _scored(
-        drawn, reference_log_probs, scores, stop_ids, config
+        drawn, reference_log_probs, scores, stop_token_ids, config
     )
     reach = with_next(mask) if config.score_at == "next" else mask
     rewards = shaped_rewards(
@@ -126,7 +126,7 @@ def make_group_experience(
     reference_log_probs: Float[Array, "batch response"],
     scores: Float[Array, "batch"],
     *,
-    stop_ids: Sequence[int] = (),
+    stop_token_ids: Sequence[int] = (),
     config: GroupConfig = GroupConfig(),
 ) -> tuple[Experience, dict[str, Float[Array, ""]]]:
     """Compute the advantages of responses relative to the others for the same prompt, as in GRPO and RLOO, without a critic.
@@ -135,7 +135,7 @@ def make_group_experience(
         drawn: As in ``make_experience``; responses to the same prompt are adjacent.
         reference_log_probs: As in ``make_experience``.
         scores: As in ``make_experience``.
-        stop_ids: As in ``make_experience``.
+        stop_token_ids: As in ``make_experience``.
         config: Options of GRPO and RLOO.
 
     Returns:
@@ -146,7 +146,7 @@ def make_group_experience(
         ValueError: ``drawn`` has no log-probabilities, or the responses do not form whole groups.
     """
     log_probs, mask, learned, kl, paid, metrics = _scored(
-        drawn, reference_log_probs, scores, stop_ids, config
+        drawn, reference_log_probs, scores, stop_token_ids, config
     )
     if config.score_clip is not None:
         paid = jnp.clip(paid, -config.score_clip, config.score_clip)
@@ -168,7 +168,7 @@ def _scored(
     drawn: Generated,
     reference_log_probs: Array,
     scores: Array,
-    stop_ids: Sequence[int],
+    stop_token_ids: Sequence[int],
     config: LearningConfig,
 ) -> tuple[Array, Array, Array, Array, Array, dict[str, Array]]:
     """Return the log-probabilities of the response, its mask, the mask of trained tokens, the divergence of each token, the scores minus the
@@ -178,7 +178,7 @@ def _scored(
         raise ValueError("drawn.log_probs must be set, got None. Call decode with log_probs=True")
     response = drawn.log_probs.shape[1]
     mask = drawn.mask[:, -response:]
-    stops = jnp.asarray(stop_ids, jnp.int32)
+    stops = jnp.asarray(stop_token_ids, jnp.int32)
     is_stop = (drawn.tokens[:, -response:, None] == stops[None, None]).any(-1)
     ended = (is_stop & mask).any(1)
     kl = jnp.where(

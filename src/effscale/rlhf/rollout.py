@@ -22,7 +22,7 @@ class RolloutConfig(Options):
     """Options of response generation.
 
     Example:
-        >>> RolloutConfig(sampling=SamplingConfig(max_new_tokens=64, stop_ids=2)).sampling.stop_ids
+        >>> RolloutConfig(sampling=SamplingConfig(max_new_tokens=64, stop_token_ids=2)).sampling.stop_token_ids
         (2,)
     """
 

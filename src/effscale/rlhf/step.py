@@ -139,7 +139,7 @@ def make_policy_step(
     temperature = 1.0 if sampling.greedy else sampling.temperature
 
     judge = _judge(sampling, temperature, critic_head)
-    experience_of = _experience_of(config, typing.cast(tuple[int, ...], sampling.stop_ids))
+    experience_of = _experience_of(config, typing.cast(tuple[int, ...], sampling.stop_token_ids))
     update = _update(actor_step, critic_step, epochs, minibatches)
 
     def policy_step(
@@ -199,7 +199,7 @@ def _judge(
 
 
 def _experience_of(
-    config: PPOConfig | GroupConfig, stop_ids: tuple[int, ...]
+    config: PPOConfig | GroupConfig, stop_token_ids: tuple[int, ...]
 ) -> Callable[..., tuple[Experience, dict[str, Any]]]:
     """Compile the advantages of scored responses."""
 
@@ -209,10 +209,12 @@ def _experience_of(
     ) -> tuple[Experience, dict[str, Any]]:
         if isinstance(config, GroupConfig):
             return make_group_experience(
-                *(drawn, log_probs, scores), stop_ids=stop_ids, config=config
+                *(drawn, log_probs, scores), stop_token_ids=stop_token_ids, config=config
             )
         given = (drawn, log_probs, values, scores)
-        return make_experience(*given, stop_ids=stop_ids, config=config, kl_coef=kl_coef)
+        return make_experience(
+            *given, stop_token_ids=stop_token_ids, config=config, kl_coef=kl_coef
+        )
 
     return experience_of
 

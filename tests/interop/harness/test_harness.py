@@ -185,7 +185,7 @@ def test_a_packed_model_on_tasks_of_ones_own(tmp_path, capsys, model, tokenizer)
     texts = [json.loads(line) for line in (tmp_path / "docstrings.jsonl").read_text().splitlines()]
     ids = [tokenizer.encode(row["text"]).ids for row in texts]
     start = tokenizer.token_to_id("<|endoftext|>")
-    nats = text_log_probs(model, ids, start_id=start, max_length=96).sum()
+    nats = text_log_probs(model, ids, bos_token_id=start, max_length=96).sum()
     size = sum(len(row["text"].encode()) for row in texts)
     assert found["results"]["docstrings"]["byte_perplexity,none"] == pytest.approx(
         np.exp(-nats / size), rel=1e-5
@@ -214,15 +214,19 @@ def test_generation_kwargs(tmp_path, tokenizer):
     of = lambda **given: sampling_of(given, codec)
     config, until = of(until="\n")
     assert until == ["\n", "<|endoftext|>"]
-    assert (config.greedy, config.max_new_tokens, config.stop_ids) == (True, 256, (codec.end_id,))
+    assert (config.greedy, config.max_new_tokens, config.stop_token_ids) == (
+        True,
+        256,
+        (codec.eos_token_id,),
+    )
     assert of(max_tokens=7, temperature=0.7, do_sample=False)[0].temperature == 0
     assert of(temperature=0.7)[0].top_k == 50
     assert of(temperature=0.7, top_k=3)[0].top_k == 3
     fields = {"eos_token_id": [5, 6], "repetition_penalty": 1.2, "do_sample": True, "top_p": 0.9}
     (tmp_path / "generation_config.json").write_text(json.dumps(fields))
-    config, _ = sampling_of({"max_gen_toks": 4}, codec, folder=tmp_path, stop_ids=(9,))
+    config, _ = sampling_of({"max_gen_toks": 4}, codec, folder=tmp_path, stop_token_ids=(9,))
     assert (config.greedy, config.repetition_penalty) == (True, 1.2)
-    assert config.stop_ids == (5, 6, 9, codec.end_id)
+    assert config.stop_token_ids == (5, 6, 9, codec.eos_token_id)
     config, _ = sampling_of({"temperature": 0.5}, codec, folder=tmp_path)
     assert (config.temperature, config.top_p, config.top_k) == (0.5, 0.9, 50)
     for given, said in (
@@ -243,7 +247,7 @@ def test_tokens_that_begin_and_end_texts(tmp_path, tokenizer):
     """What a tokenizer's files name counts; without a name, what config.json numbers; without that, what divides documents."""
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write = lambda name, **fields: (tmp_path / name).write_text(json.dumps(fields))
-    ends = lambda: (codec_of(tmp_path).start_id, codec_of(tmp_path).end_id)
+    ends = lambda: (codec_of(tmp_path).bos_token_id, codec_of(tmp_path).eos_token_id)
     of = tokenizer.token_to_id
     assert ends() == (of("<|endoftext|>"), of("<|endoftext|>"))
     write("config.json", bos_token_id=7, eos_token_id=[8, 9], n_ctx=64, vocab_size=300)
@@ -284,9 +288,9 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
         lm.generate_until(requests("generate_until", ("Is", {})), disable_tqdm=True)
     with pytest.raises(ValueError, match="tokenizer of transformers"):
         lm.apply_chat_template([{"role": "user", "content": "Hi"}])
-    bare = dataclasses.replace(lm.codec, start_id=None)
+    bare = dataclasses.replace(lm.codec, bos_token_id=None)
     monkeypatch.setattr(lm, "codec", bare)
-    with pytest.raises(ValueError, match="Pass start_id"):
+    with pytest.raises(ValueError, match="Pass bos_token_id"):
         lm.loglikelihood(requests("loglikelihood", ("", " yes")), disable_tqdm=True)
     table = jax.tree_util.Partial(lambda table, ids: table[ids], np.zeros((300, 300)))
     with pytest.raises(ValueError, match="generation needs an effscale Transformer"):

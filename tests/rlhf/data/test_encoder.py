@@ -39,7 +39,7 @@ def test_deepspeed_chat_s_format(tokenizer):
     prompt, response = encoder.pair(Record(prompt=USER, chosen="Blue."))
     whole = tokenizer.encode(" Human: Name a color. Assistant: Blue.").ids
     assert [*prompt, *response] == [*whole, 0]
-    assert encoder.stop_ids == (0,)
+    assert encoder.stop_token_ids == (0,)
     assert encoder.response(USER, "Blue.", end=False) == response[:-1]
 
 
@@ -74,7 +74,7 @@ def test_a_special_token_s_name_is_text(tokenizer):
 
 def test_a_template_s_tokens_and_ends(tokenizer):
     template = ChatTemplate(source=CHAT_ML)
-    encoder = RecordEncoder(tokenizer=tokenizer, format=template, end_id=3)
+    encoder = RecordEncoder(tokenizer=tokenizer, format=template, eos_token_id=3)
     prompt, response = encoder.pair(Record(prompt=USER, chosen="Blue."))
     assert prompt[0] == 2
     assert prompt.count(2) == 2  # as tokens, not as text
@@ -117,8 +117,8 @@ def test_truncation_and_padding_of_the_tokenizer_are_off(tokenizer):
     ("given", "message"),
     [
         ({"format": "deepspeed-chat"}, "did you mean 'deepspeed_chat'"),
-        ({"end_id": 10_000}, "end_id must be a token of the tokenizer, got 10000"),
-        ({"pad_id": -1}, "pad_id must be a token of the tokenizer, got -1"),
+        ({"eos_token_id": 10_000}, "eos_token_id must be a token of the tokenizer, got 10000"),
+        ({"pad_token_id": -1}, "pad_token_id must be a token of the tokenizer, got -1"),
     ],
 )
 def test_encoders_that_are_none(given, message, tokenizer):
@@ -134,10 +134,10 @@ def test_the_encoder_of_a_folder(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
     pytest.importorskip("jinja2", reason="the extra chat is not installed")
     encoder = load_encoder(tmp_path)
-    assert (encoder.end_id, encoder.pad_id) == (3, 1)
+    assert (encoder.eos_token_id, encoder.pad_token_id) == (3, 1)
     assert encoder.prompt(USER)[0] == 2
     other = load_encoder(tmp_path, format="hh_rlhf", end_token="<|endoftext|>", pad_token="<|im_start|>")  # fmt: skip
-    assert (other.end_id, other.pad_id) == (0, 2)
+    assert (other.eos_token_id, other.pad_token_id) == (0, 2)
     assert other.prompt(USER) == tokenizer.encode("\n\nHuman: Name a color.\n\nAssistant:").ids
     with pytest.raises(ValueError, match="no token '<end>'"):
         load_encoder(tmp_path, end_token="<end>")

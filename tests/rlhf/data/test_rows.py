@@ -26,7 +26,7 @@ from effscale.training import next_token_loss
 
 # One id a character: 0 is the end, and padding as well.
 ENCODER = RecordEncoder(tokenizer=train_tokenizer(["x"], vocab_size=257))
-OTHER_PAD = RecordEncoder(tokenizer=ENCODER.tokenizer, pad_id=7)
+OTHER_PAD = RecordEncoder(tokenizer=ENCODER.tokenizer, pad_token_id=7)
 IDS = lambda text: ENCODER.tokenizer.encode(text).ids
 words = st.text("abc", min_size=1, max_size=9)
 
@@ -36,14 +36,14 @@ def pairs(*texts):
 
 
 def test_deepspeed_chat_s_padding():
-    tokens, mask = pad_rows([[5, 6, 7], [8, 9]], 6, pad_id=0, side="left")
+    tokens, mask = pad_rows([[5, 6, 7], [8, 9]], 6, pad_token_id=0, side="left")
     assert tokens.tolist() == [[0, 0, 0, 5, 6, 7], [0, 0, 0, 0, 8, 9]]
     assert mask.sum(1).tolist() == [3, 2]
-    tokens, mask = pad_rows([[5, 0, 7], []], 4, pad_id=0, side="right")
+    tokens, mask = pad_rows([[5, 0, 7], []], 4, pad_token_id=0, side="right")
     assert tokens.tolist() == [[5, 0, 7, 0], [0, 0, 0, 0]]
     assert mask.tolist() == [[True, True, True, False], [False] * 4]  # not by the token's number
     with pytest.raises(ValueError, match="length must be at least the 3 tokens of row 0, got 2"):
-        pad_rows([[1, 2, 3]], 2, pad_id=0, side="left")
+        pad_rows([[1, 2, 3]], 2, pad_token_id=0, side="left")
 
 
 def test_every_record_may_count_alike():
@@ -70,7 +70,7 @@ def test_what_is_learned_of_a_record(encoder):
     record = [Record(prompt="ab", chosen="cd")]
     rows = fine_tuning_rows(record, encoder, length=6)
     a, b, c, d = IDS("abcd")
-    pad = encoder.pad_id
+    pad = encoder.pad_token_id
     assert rows["input_ids"].tolist() == [[a, b, c, d, pad, pad]]
     assert rows["labels"].tolist() == [[b, c, d, 0, pad, pad]]
     assert rows["loss_weights"].tolist() == [[0, 1, 1, 1, 0, 0]]  # its end is learned
@@ -151,7 +151,7 @@ def test_pairs(encoder):
     assert list(rows) == [4, 8]
     short, long = rows.values()
     a, b, c = IDS("abc")
-    pad = encoder.pad_id
+    pad = encoder.pad_token_id
     assert short["chosen"].tolist() == [[a, b, c, 0], [a, b, 0, pad]]
     assert short["rejected"].tolist() == [[a, b, 0, pad], [a, c, c, 0]]
     assert (short["records"].tolist(), long["records"].tolist()) == ([0, 2], [1])

@@ -104,8 +104,8 @@ def _packed_rows(packed: PackedTokens, start: int, stop: int) -> Batch:
         return np.pad(values, (0, missing), constant_values=fill).reshape(-1, length)
 
     return {
-        "input_ids": rows(window[:-1], packed.pad_id),
-        "labels": rows(window[1:], packed.pad_id),
+        "input_ids": rows(window[:-1], packed.pad_token_id),
+        "labels": rows(window[1:], packed.pad_token_id),
         "loss_weights": rows(weights, 0),
         "segment_ids": segments,
         "positions": positions,

@@ -63,7 +63,7 @@ class Prepared:
     @property
     def end_id(self) -> int:
         """The token that ends a document."""
-        return next(iter(self.corpora.values())).eos_id
+        return next(iter(self.corpora.values())).eos_token_id
 
 
 def sources(config: Config) -> dict[str, Source]:

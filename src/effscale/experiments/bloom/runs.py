@@ -111,7 +111,9 @@ class Runs:
             ValueError: There are fewer rows than a batch needs.
         """
         batch = self.config.finetune.batch_size
-        encoder = RecordEncoder(tokenizer=self.prepared.tokenizer, end_id=self.prepared.end_id)
+        encoder = RecordEncoder(
+            tokenizer=self.prepared.tokenizer, eos_token_id=self.prepared.end_id
+        )
         rows = fine_tuning_rows(
             self.tasks.records(seed), encoder, length=self.config.length, weigh="record"
         )

@@ -69,7 +69,7 @@ def answers(steps: Steps, policy: Transformer, *, key: int = 0) -> Answers:
     before, scores = (np.asarray(x) for x in judged)
     mine = np.asarray(drawn.log_probs)
     tokens = np.asarray(drawn.tokens)[:, prompts.shape[1] :]
-    ended = np.isin(tokens, steps.encoder.stop_ids) & real
+    ended = np.isin(tokens, steps.encoder.stop_token_ids) & real
     decode_text = steps.encoder.tokenizer.decode
     return Answers(
         scores=scores,

@@ -137,8 +137,8 @@ class Steps:
             max_new_tokens=self.config.response_length,
             min_new_tokens=self.config.min_response_length,
             temperature=self.config.temperature,
-            stop_ids=self.encoder.stop_ids,
-            pad_id=self.encoder.padding,
+            stop_token_ids=self.encoder.stop_token_ids,
+            pad_token_id=self.encoder.padding,
         )
         prepare = _in_bfloat16 if self.config.dtype == "bfloat16" else None
         return RolloutConfig(sampling=sampling, prepare=prepare, mesh=self.mesh)
@@ -338,7 +338,7 @@ class Steps:
 
     def _text(self, rows: int) -> dict[str, np.ndarray]:
         """Return rows of the source of the standard library."""
-        end_id = self.encoder.stop_ids[0]
+        end_id = self.encoder.stop_token_ids[0]
         given = (self.config, self.encoder.tokenizer, self.phases.held_out, end_id)
         return data.text_rows(*given, rows)
 

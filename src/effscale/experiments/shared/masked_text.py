@@ -99,7 +99,9 @@ def hidden_rows(
         num_epochs=1 if validation else None,
     )
     corpus = corpora[0]
-    hide = HideTokens(vocab_size=corpus.vocab_size, end=corpus.eos_id, hidden=hidden, seed=seed)
+    hide = HideTokens(
+        vocab_size=corpus.vocab_size, end=corpus.eos_token_id, hidden=hidden, seed=seed
+    )
     return batch_rows(
         rows.map_with_index(hide), batch_size=batch_size, pad_to_batch=validation, num_threads=1
     )

@@ -29,15 +29,15 @@ class Codec:
 
     Attributes:
         tokenizer: A tokenizer of tokenizers or transformers.
-        start_id: The token before a text without context; None if unknown.
-        end_id: The token that ends a text; None if unknown.
+        bos_token_id: The token before a text without context; None if unknown.
+        eos_token_id: The token that ends a text; None if unknown.
         add_special_tokens: Whether to add the tokens with which the tokenizer begins and ends texts.
         max_length: The maximum number of tokens that the model reads, if its files or the tokenizer define it.
     """
 
     tokenizer: Any
-    start_id: int | None
-    end_id: int | None
+    bos_token_id: int | None
+    eos_token_id: int | None
     add_special_tokens: bool = True
     max_length: int | None = None
 
@@ -56,12 +56,12 @@ class Codec:
     @functools.cached_property
     def start_text(self) -> str | None:
         """The start token as a word."""
-        return self._word(self.start_id)
+        return self._word(self.bos_token_id)
 
     @functools.cached_property
     def end_text(self) -> str | None:
         """The end token as a word."""
-        return self._word(self.end_id)
+        return self._word(self.eos_token_id)
 
     def _word(self, token: int | None) -> str | None:
         if token is None:
@@ -84,7 +84,7 @@ def codec_of(tokenizer: Any) -> Codec:
         return _of_folder(pathlib.Path(tokenizer))
     if isinstance(tokenizer, tokenizers.Tokenizer):
         separator = _separator(tokenizer)
-        return Codec(tokenizer=tokenizer, start_id=separator, end_id=separator)
+        return Codec(tokenizer=tokenizer, bos_token_id=separator, eos_token_id=separator)
     start, end = (getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos"))
     longest = getattr(tokenizer, "model_max_length", None)
     return _codec(tokenizer, start, end, longest)
@@ -93,7 +93,7 @@ def codec_of(tokenizer: Any) -> Codec:
 def _codec(tokenizer: Any, start: int | None, end: int | None, longest: Any) -> Codec:
     limit = int(longest) if isinstance(longest, int) and longest < UNLIMITED else None
     start = end if start is None else start
-    return Codec(tokenizer=tokenizer, start_id=start, end_id=end, max_length=limit)
+    return Codec(tokenizer=tokenizer, bos_token_id=start, eos_token_id=end, max_length=limit)
 
 
 def _of_folder(place: pathlib.Path) -> Codec:

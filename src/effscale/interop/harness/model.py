@@ -45,9 +45,9 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         batch_size: The number of rows in a batch.
         max_length: The maximum number of tokens that the model reads. None uses, in this order, the value of the folder,
             the positions of the model, the value of the tokenizer, or 2048.
-        start_id: The token before a text without context. None uses the token that begins a text, or else the one that
+        bos_token_id: The token before a text without context. None uses the token that begins a text, or else the one that
             ends it, as defined by the folder or tokenizer.
-        stop_ids: Tokens that end an answer, in addition to the one that ends a text and those of the folder's
+        stop_token_ids: Tokens that end an answer, in addition to the one that ends a text and those of the folder's
             ``generation_config.json``.
         add_special_tokens: Whether the tokenizer adds the tokens with which it begins and ends texts.
         dtype: As in ``effscale.interop.load_pretrained``, if ``model`` is a path.
@@ -82,8 +82,8 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         *,
         batch_size: int = 8,
         max_length: int | None = None,
-        start_id: int | None = None,
-        stop_ids: Iterable[int] = (),
+        bos_token_id: int | None = None,
+        stop_token_ids: Iterable[int] = (),
         add_special_tokens: bool = True,
         dtype: Any = None,
         seed: int = 0,
@@ -108,19 +108,19 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         codec = codec_of(model if tokenizer is None else tokenizer)
         self.codec = dataclasses.replace(
             codec,
-            start_id=codec.start_id if start_id is None else start_id,
+            bos_token_id=codec.bos_token_id if bos_token_id is None else bos_token_id,
             add_special_tokens=add_special_tokens,
         )
         self.tokenizer = codec.tokenizer
         self.model = load_pretrained(model, dtype=dtype) if _is_path(model) else model
         check_model(self.model)
-        self.batch_size, self.seed, self.stop_ids = batch_size, seed, tuple(stop_ids)
+        self.batch_size, self.seed, self.stop_token_ids = batch_size, seed, tuple(stop_token_ids)
         self.max_length = length_of(self.model, self.codec, max_length)
 
     @property
     def eot_token_id(self) -> int | None:
         """The token that ends a text."""
-        return self.codec.end_id
+        return self.codec.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -129,11 +129,11 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         Raises:
             ValueError: No such token is known.
         """
-        if self.codec.start_id is None:
+        if self.codec.bos_token_id is None:
             raise ValueError(
-                "a text without context needs a start token, and the tokenizer does not define one. Pass start_id."
+                "a text without context needs a start token, and the tokenizer does not define one. Pass bos_token_id."
             )
-        return self.codec.start_id
+        return self.codec.bos_token_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -226,7 +226,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
             nats = text_log_probs(
                 self.model,
                 [texts[i] for i in real],
-                start_id=self.prefix_token_id,
+                bos_token_id=self.prefix_token_id,
                 max_length=self.max_length,
                 batch_size=self.batch_size,
             )
@@ -255,7 +255,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
                 requests[members[0]].args[1],
                 self.codec,
                 folder=self.folder,
-                stop_ids=self.stop_ids,
+                stop_token_ids=self.stop_token_ids,
             )
             room = self.max_length - sampling.max_new_tokens
             if room < 1:

@@ -81,7 +81,7 @@ def sampling_of(
     codec: Codec,
     *,
     folder: str | os.PathLike[str] | None = None,
-    stop_ids: tuple[int, ...] = (),
+    stop_token_ids: tuple[int, ...] = (),
 ) -> tuple[SamplingConfig, list[str]]:
     """Return a task's ``generation_kwargs`` as a config, and its stop strings.
 
@@ -90,7 +90,7 @@ def sampling_of(
         codec: The codec that defines the end token.
         folder: The folder of ``generation_config.json``, the defaults for options that the task does not set, as for the
             harness's ``hf`` model.
-        stop_ids: Additional tokens that end a text.
+        stop_token_ids: Additional tokens that end a text.
 
     Raises:
         ValueError: An argument is unknown or has an invalid value.
@@ -128,10 +128,10 @@ def sampling_of(
     else:
         fields.setdefault("top_k", TOP_K if sample else None)
         config = SamplingConfig(**fields)
-    ends = [*config.stop_ids, *stop_ids]  # pyrefly: ignore[not-iterable]
-    if codec.end_id is not None:
-        ends.append(codec.end_id)
-    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys(ends))), until
+    ends = [*config.stop_token_ids, *stop_token_ids]  # pyrefly: ignore[not-iterable]
+    if codec.eos_token_id is not None:
+        ends.append(codec.eos_token_id)
+    return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys(ends))), until
 
 
 def continue_texts(

@@ -30,8 +30,8 @@ class RecordEncoder:
         tokenizer: The tokenizer. The tokens that it adds before a text (OPT's ``</s>``, Llama's ``<s>``) begin every
             prompt, unless a template writes them.
         format: How messages become text: a ``ChatTemplate``, a ``PlainFormat``, or a name in ``PLAIN_FORMATS``.
-        end_id: The token that ends a response; None uses the tokenizer's usual one.
-        pad_id: The padding token; None uses ``end_id``.
+        eos_token_id: The token that ends a response; None uses the tokenizer's usual one.
+        pad_token_id: The padding token; None uses ``eos_token_id``.
         parse_special_tokens: Whether names of special tokens in prompts and responses are encoded as these tokens. By
             default, such a record raises an error under a chat template, where a message could otherwise forge a
             turn; with other formats the names are ordinary text.
@@ -52,8 +52,8 @@ class RecordEncoder:
 
     tokenizer: tokenizers.Tokenizer
     format: ChatFormat | str = "deepspeed_chat"
-    end_id: int | None = None
-    pad_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
     parse_special_tokens: bool = False
 
     def __post_init__(self):
@@ -63,24 +63,24 @@ class RecordEncoder:
                     f"format={self.format!r}: {did_you_mean(self.format, PLAIN_FORMATS)}"
                 )
             object.__setattr__(self, "format", PLAIN_FORMATS[self.format])
-        if self.end_id is None:
-            object.__setattr__(self, "end_id", separator_id(self.tokenizer))
-        if self.pad_id is None:
-            object.__setattr__(self, "pad_id", self.end_id)
-        for name in ("end_id", "pad_id"):
+        if self.eos_token_id is None:
+            object.__setattr__(self, "eos_token_id", separator_id(self.tokenizer))
+        if self.pad_token_id is None:
+            object.__setattr__(self, "pad_token_id", self.eos_token_id)
+        for name in ("eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value < 0 or self.tokenizer.id_to_token(value) is None:
                 raise ValueError(f"{name} must be a token of the tokenizer, got {value}")
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stop_token_ids(self) -> tuple[int, ...]:
         """The token ids that end a response, for ``effscale.generation.SamplingConfig``."""
         return (self._end,)
 
     @property
     def padding(self) -> int:
         """The id of the padding token."""
-        return self._end if self.pad_id is None else self.pad_id
+        return self._end if self.pad_token_id is None else self.pad_token_id
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Encode a prompt, up to where the response begins.
@@ -102,7 +102,7 @@ class RecordEncoder:
         Args:
             prompt: The prompt that it answers.
             response: The text of the response.
-            end: Whether to append ``end_id``.
+            end: Whether to append ``eos_token_id``.
 
         Raises:
             RecordError: As for ``prompt``.
@@ -129,7 +129,7 @@ class RecordEncoder:
 
     @property
     def _end(self) -> int:
-        return separator_id(self.tokenizer) if self.end_id is None else self.end_id
+        return separator_id(self.tokenizer) if self.eos_token_id is None else self.eos_token_id
 
     @functools.cached_property
     def beginning(self) -> tuple[int, ...]:

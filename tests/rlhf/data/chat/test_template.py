@@ -118,14 +118,14 @@ def test_smollm2_s_own_template(tmp_path):
             assert [
                 ours.render([Message(*m) for m in chat], add_generation_prompt=asks)
             ] == expected
-    assert found.tokenizer.id_to_token(found.end_id) == "<|im_end|>"
-    assert found.pad_id == found.end_id
+    assert found.tokenizer.id_to_token(found.eos_token_id) == "<|im_end|>"
+    assert found.pad_token_id == found.eos_token_id
     # A model that is saved like the file has the template, too.
     fields = {"model_type": "llama", "vocab_size": 49152}
     Companions(fields, assets.smollm2_file(), None).write(tmp_path)
     saved = read_chat(tmp_path)
     assert saved.chat_template().source == SMOLLM2
-    assert saved.end_id == found.end_id
+    assert saved.eos_token_id == found.eos_token_id
 
 
 def test_a_prompt_and_its_answer_make_the_whole():
@@ -243,16 +243,16 @@ def test_special_tokens_from_each_file(folder, tmp_path):
     id_of = load_tokenizer(tmp_path).token_to_id
     write = lambda name, **fields: (tmp_path / f"{name}.json").write_text(json.dumps(fields))
     found = read_chat(tmp_path)  # no file: the usual name of an end
-    assert (found.end_id, found.pad_id, dict(found.names)) == (id_of("</s>"), None, {})
+    assert (found.eos_token_id, found.pad_token_id, dict(found.names)) == (id_of("</s>"), None, {})
     write("config", eos_token_id=id_of("<s>"), pad_token_id=-1)
-    assert read_chat(tmp_path).end_id == id_of("<s>")
+    assert read_chat(tmp_path).eos_token_id == id_of("<s>")
     write("generation_config", eos_token_id=[id_of("<|im_end|>"), id_of("</s>")])
-    assert read_chat(tmp_path).end_id == id_of("<|im_end|>")
+    assert read_chat(tmp_path).eos_token_id == id_of("<|im_end|>")
     write("special_tokens_map", pad_token={"content": "<|im_start|>"}, eos_token="</s>")
     found = read_chat(tmp_path)
-    assert (found.end_id, found.pad_id) == (id_of("</s>"), id_of("<|im_start|>"))
+    assert (found.eos_token_id, found.pad_token_id) == (id_of("</s>"), id_of("<|im_start|>"))
     config(tmp_path, eos_token="<|im_end|>")
-    assert read_chat(tmp_path).end_id == id_of("<|im_end|>")
+    assert read_chat(tmp_path).eos_token_id == id_of("<|im_end|>")
 
 
 def test_plain_formats():

@@ -16,14 +16,14 @@ TooLong = Literal["drop", "cut"]
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], length: int, pad_id: int, *, side: Literal["left", "right"]
+    rows: Sequence[Sequence[int]], length: int, pad_token_id: int, *, side: Literal["left", "right"]
 ) -> tuple[Int[np.ndarray, "rows length"], Bool[np.ndarray, "rows length"]]:
     """Pad rows of token ids to one length.
 
     Args:
         rows: The ids of each row.
         length: The length to pad to.
-        pad_id: The padding token.
+        pad_token_id: The padding token.
         side: The side to pad on.
 
     Returns:
@@ -33,13 +33,13 @@ def pad_rows(
         ValueError: A row is longer than ``length``.
 
     Example:
-        >>> tokens, mask = pad_rows([[5, 6, 7], [8, 9]], 6, pad_id=0, side="left")
+        >>> tokens, mask = pad_rows([[5, 6, 7], [8, 9]], 6, pad_token_id=0, side="left")
         >>> tokens.tolist()
         [[0, 0, 0, 5, 6, 7], [0, 0, 0, 0, 8, 9]]
     """
     if side not in ("left", "right"):
         raise ValueError(f'side must be "left" or "right", got {side!r}')
-    tokens = np.full((len(rows), length), pad_id, np.int32)
+    tokens = np.full((len(rows), length), pad_token_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         if len(row) > length:

@@ -50,7 +50,7 @@ def pair_rows(
 
     Example:
         >>> from effscale.data import train_tokenizer
-        >>> encoder = RecordEncoder(tokenizer=train_tokenizer(["abc"], vocab_size=257), pad_id=0)
+        >>> encoder = RecordEncoder(tokenizer=train_tokenizer(["abc"], vocab_size=257), pad_token_id=0)
         >>> rows = pair_rows([Record(prompt="a", chosen="bc", rejected="b")], encoder, lengths=(4, 8))[4]
         >>> {name: rows[name].tolist() for name in ("chosen_lengths", "rejected_lengths", "prompt_lengths")}
         {'chosen_lengths': [4], 'rejected_lengths': [3], 'prompt_lengths': [1]}
@@ -87,12 +87,14 @@ def pair_rows(
     return {n: _rows(pairs, n, encoder.padding) for n, pairs in found.items() if pairs}
 
 
-def _rows(pairs: list[tuple[list[int], list[int], int, int]], length: int, pad_id: int) -> Rows:
+def _rows(
+    pairs: list[tuple[list[int], list[int], int, int]], length: int, pad_token_id: int
+) -> Rows:
     chosen, rejected, prompts, indices = zip(*pairs, strict=True)
     whole = lambda values: np.array(list(values), np.int32)
     return {
-        "chosen": pad_rows(chosen, length, pad_id, side="right")[0],
-        "rejected": pad_rows(rejected, length, pad_id, side="right")[0],
+        "chosen": pad_rows(chosen, length, pad_token_id, side="right")[0],
+        "rejected": pad_rows(rejected, length, pad_token_id, side="right")[0],
         "chosen_lengths": whole(map(len, chosen)),
         "rejected_lengths": whole(map(len, rejected)),
         "prompt_lengths": whole(prompts),

@@ -89,9 +89,9 @@ def _cut(ids: list[int], length: int, beginning: tuple[int, ...]) -> list[int]:
     return [*ids[:keep], *ids[len(ids) - length + keep :]]
 
 
-def _rows(prompts: list[tuple[list[int], int]], length: int, pad_id: int) -> Rows:
+def _rows(prompts: list[tuple[list[int], int]], length: int, pad_token_id: int) -> Rows:
     ids, indices = zip(*prompts, strict=True)
-    tokens, mask = pad_rows(ids, length, pad_id, side="left")
+    tokens, mask = pad_rows(ids, length, pad_token_id, side="left")
     return {
         "input_ids": tokens,
         "attention_mask": mask,
