@@ -28,8 +28,8 @@ def setup():
     import numpy as np
     from flax import nnx
 
+    from effscale.command.line import keep_freed_memory
     from effscale.models import Transformer, gpt2
-    from effscale.study.host import keep_freed_memory
 
     keep_freed_memory()  # as every experiment does
     config = gpt2(

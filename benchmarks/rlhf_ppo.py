@@ -31,6 +31,7 @@ def effscale(epochs: int) -> dict[str, float]:
     import optax
     from flax import nnx
 
+    from effscale.command.line import keep_freed_memory
     from effscale.generation import SamplingConfig
     from effscale.models import ClassHead, Transformer, gpt2
     from effscale.rlhf import (
@@ -42,7 +43,6 @@ def effscale(epochs: int) -> dict[str, float]:
         critic_loss,
         make_policy_step,
     )
-    from effscale.study.host import keep_freed_memory
     from effscale.training import create_train_state, make_train_step
 
     keep_freed_memory()

@@ -25,10 +25,10 @@ def run(background: bool, wait: bool = False) -> dict[str, float]:
     import numpy as np
     from flax import nnx
 
+    from effscale.command.line import keep_freed_memory
     from effscale.curriculum import SequenceLengthCurriculum
     from effscale.ltd import RandomLTD, mslg
     from effscale.models import Transformer, gpt2
-    from effscale.study.host import keep_freed_memory
     from effscale.training import (
         AdamWConfig,
         LinearPacing,

@@ -72,7 +72,7 @@ def transformers(folder, length: int, rate: float, steps: int, seed: int) -> dic
         TrainingArguments,
     )
 
-    from effscale.study.host import keep_freed_memory
+    from effscale.command.line import keep_freed_memory
 
     keep_freed_memory()  # the same for both
     train, held_out = corpus(folder, length)
@@ -132,9 +132,9 @@ def effscale(folder, length: int, arm: str, rate: float, steps: int, seed: int) 
     import jax
     from flax import nnx
 
+    from effscale.command.line import keep_freed_memory
     from effscale.data_efficiency import DataEfficiencyConfig, make_plan
     from effscale.models import Transformer, gpt2
-    from effscale.study.host import keep_freed_memory
     from effscale.training import (
         AdamWConfig,
         Clip,

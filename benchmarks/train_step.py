@@ -16,8 +16,8 @@ def effscale() -> dict[str, float]:
     import numpy as np
     from flax import nnx
 
+    from effscale.command.line import keep_freed_memory
     from effscale.models import Transformer, gpt2
-    from effscale.study.host import keep_freed_memory
     from effscale.training import (
         AdamWConfig,
         Clip,

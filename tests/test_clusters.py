@@ -10,9 +10,9 @@ import subprocess
 
 import pytest
 
+from effscale.command.line import parse
 from effscale.experiments.quickstart import PRESETS, Config
 from effscale.parallel import startup
-from effscale.study.command import parse
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "clusters.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|yaml)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

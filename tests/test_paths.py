@@ -5,12 +5,12 @@ import os
 import pytest
 import tokenizers
 
+from effscale.command.line import messages
 from effscale.data import StandardLibrary, prepare_corpus
 from effscale.data.tokenizer import save_tokenizer
 from effscale.data.writer import TokenStoreWriter
 from effscale.interop import save_pretrained
 from effscale.models import abstract_model, preset
-from effscale.study.command import messages
 from effscale.training import JsonlWriter, RunFolder
 
 MODEL = abstract_model(preset("gpt2"))

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 from flax import nnx
 
+from effscale.command.line import keep_freed_memory
 from effscale.models import Transformer, gpt2
 from effscale.optim import Workers, lamb, mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.optim.averaging import MeanOverWorkersState
 from effscale.parallel import MeshConfig, initialize, per_worker, shard_batch, shardings
 from effscale.parallel.workers import gather
-from effscale.study.host import keep_freed_memory
 from effscale.training import create_train_state, make_train_step, next_token_loss
 
 VOCAB, LENGTH, ROWS = 2048, 64, 1

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effscale.command.line import messages, parse
 from effscale.experiments.quickstart import PRESETS
 from effscale.models import preset
-from effscale.study.command import StoppedBySignal, messages, parse
 from effscale.training import CheckpointError, Checkpoints, create_train_state
+from effscale.training.errors import StoppedBySignal
 from effscale.training.saved import config_from_json
 from effscale.training.serialize import to_json
 

@@ -6,13 +6,14 @@ import json
 import jax
 import pytest
 
+from effscale.command.line import parse
 from effscale.data_efficiency import DataEfficiencyConfig
 from effscale.experiments import data_efficiency
 from effscale.experiments.data_efficiency import PRESETS, plan, run
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.models import num_params, preset
 from effscale.study import Point, Search
-from effscale.study.command import conduct, parse
+from effscale.study.command import conduct
 from effscale.study.table import Table
 
 

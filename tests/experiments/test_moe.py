@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from effscale.command.line import parse
 from effscale.experiments import moe
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.models import Transformer
 from effscale.parallel import MeshConfig
-from effscale.study.command import conduct, parse
+from effscale.study.command import conduct
 
 
 def test_two_steps_of_a_teacher_and_its_student(corpus, tmp_path):

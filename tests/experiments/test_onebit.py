@@ -10,13 +10,14 @@ import optax
 import pytest
 
 from benchmarks.aot.experiments import lower_onebit
+from effscale.command.line import parse
 from effscale.experiments import onebit
 from effscale.experiments.onebit.optimizers import CLIP, Optimization, onebit_gradients
 from effscale.experiments.shared import bert
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.optim import Round, Workers
 from effscale.parallel import simulate_workers, worker_params
-from effscale.study.command import conduct, parse
+from effscale.study.command import conduct
 from effscale.training import Clip, read_jsonl
 
 PARAMETERS = {"w": jnp.array([[1.0, -2.0, 3.0]]), "b": jnp.array([0.5])}

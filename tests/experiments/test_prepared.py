@@ -6,11 +6,12 @@ import pathlib
 
 import pytest
 
+from effscale.command.folder import resumable
+from effscale.command.line import parse
 from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
 from effscale.locks import ProcessLock
-from effscale.study.command import StoppedBySignal, parse
-from effscale.study.folder import resumable
 from effscale.training import MirrorError, RunFolder, RunMirror
+from effscale.training.errors import StoppedBySignal
 
 ROWS = ["--batch-size", "8"]
 PASSAGES = ["--passage", "8", "--finetune.train", "16", "--finetune.test", "16"]

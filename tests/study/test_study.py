@@ -14,9 +14,10 @@ import numpy as np
 import optax
 import pytest
 
+from effscale.command.line import parse
 from effscale.run import Run
 from effscale.study import Arm, Curves, Finals, Point, Search, Study, Tradeoff, interval
-from effscale.study.command import conduct, parse
+from effscale.study.command import conduct
 from effscale.study.folder import StudyPart
 from effscale.study.table import Table
 from effscale.training import Evaluation, Loss
@@ -140,12 +141,12 @@ def test_a_killed_study_continues(finished, tmp_path):
     program = (
         "import os, sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "import test_study as t\n"
-        "from effscale.study import trial\n"
-        "write = trial.write_json\n"
+        "from effscale.training import run_folder\n"
+        "write = run_folder.write_json\n"
         "def dying(path, value):\n"
         "    if path.parts[-3:-1] == ('fast', 'seed-1'): os._exit(9)\n"
         "    write(path, value)\n"
-        "trial.write_json = dying\n"
+        "run_folder.write_json = dying\n"
         "t.conduct(t.Config(out=pathlib.Path(sys.argv[2]), seeds=2), t.toy)\n"
     )
     here = str(pathlib.Path(__file__).parent)

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Iterable
 
 from effscale.chat.config import PRESETS, Config
+from effscale.command.line import messages, parse
 from effscale.extras import require
-from effscale.study.command import messages, parse
 
 HELP = "/clear forgets the conversation, /quit ends it"
 

@@ -50,9 +50,9 @@ from effscale.parallel import MeshConfig, shard_batch
 from effscale.run import Run
 from effscale.study import Arm, Curves, Finals, Point, Results, Search, Study, Trial, command
 from effscale.study.folder import StudyPart
-from effscale.study.plots import cost_of_reaching, curves_of
-from effscale.study.trial import step_seconds
 from effscale.training import AdamWConfig, Clip, Evaluation, TrainState, next_token_loss
+from effscale.training.metrics import step_seconds
+from effscale.training.plotting import cost_of_reaching, curves_of
 
 NAMES: dict[Technique, str] = {
     "none": "plain training",
@@ -356,13 +356,14 @@ def saved(config: Config, results: Results, vocab_size: int) -> dict[str, float 
         arm = f"{technique}_{100 * fraction:g}"
         steps, losses = curves_of(results.records(arm), "val_loss")
         one = run(config, technique, fraction, start, vocab_size)
+        stages = None if one.changes is None else one.changes.stages
         planned = plan(config, technique, fraction, vocab_size)
         consumed = [planned.consumed(int(step)) for step in steps]
         costs = {cost: np.array([c[cost] for c in consumed], float) for cost in COSTS[:3]}
         costs["teraflops"] = np.array([c["flops"] / 1e12 for c in consumed])
         places = [results.folder / arm / f"seed-{seed}" for seed in range(results.seeds)]
         costs["step_seconds"] = np.array(
-            [np.mean([step_seconds(p, one, int(step)) for p in places]) for step in steps]
+            [np.mean([step_seconds(p, int(step), stages) for p in places]) for step in steps]
         )
         return losses.mean(axis=0), costs
 

@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, get_args
 import jax
 import numpy as np
 
+from effscale.command.terminal import status
 from effscale.experiments.shared.classifier import torch_twin
 from effscale.experiments.shared.classifier.batches import (
     Batch,
@@ -40,9 +41,7 @@ from effscale.experiments.shared.config_parts import ImagePart
 from effscale.options import Bounds
 from effscale.run import Run
 from effscale.study import Arm, Curves, Results, Study, Trial, command
-from effscale.study.console import status
 from effscale.study.folder import StudyPart
-from effscale.study.plots import curves_of, records_of
 from effscale.training import (
     AdamWConfig,
     Clip,
@@ -51,6 +50,7 @@ from effscale.training import (
     evaluate,
     make_eval_step,
 )
+from effscale.training.plotting import curves_of, records_of
 
 Task = Literal["reviews", "digits", "fashion"]
 ArmName = Literal["reviews", "reviews_torch", "digits", "digits_torch", "fashion", "fashion_torch"]

@@ -20,10 +20,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from effscale.command.folder import OUTPUT
+from effscale.command.line import messages
+from effscale.command.terminal import titled
 from effscale.options import did_you_mean
-from effscale.study.command import messages
-from effscale.study.folder import OUTPUT
-from effscale.study.results import titled
 from effscale.training.serialize import write_atomic, write_json
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from effscale.command.folder import OUTPUT, Result, check_folder, finish, open_folder, resumable
+from effscale.command.line import keep_freed_memory, messages, parse
 from effscale.experiments.shared.config_parts import CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.prepared import Text, prepared_corpora
@@ -30,10 +32,6 @@ from effscale.options import NonNegativeInt, PositiveFloat, PositiveInt, check
 from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch
 from effscale.parallel.peers import on_first
 from effscale.run import Run, Trained
-from effscale.study.command import messages, parse
-from effscale.study.folder import OUTPUT, check_folder, open_folder, resumable
-from effscale.study.host import keep_freed_memory
-from effscale.study.results import Result, finish
 from effscale.training import Clip, RunFolder, ScheduleConfig, read_jsonl, restore_model
 from effscale.training.saved import config_from_json
 

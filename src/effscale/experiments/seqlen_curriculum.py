@@ -45,8 +45,6 @@ from effscale.parallel import MeshConfig, shard_batch
 from effscale.run import Run
 from effscale.study import Arm, Curves, Results, Study, Tradeoff, Trial, command
 from effscale.study.folder import StudyPart
-from effscale.study.plots import cost_of_reaching, records_of
-from effscale.study.trial import step_seconds
 from effscale.training import (
     Clip,
     Evaluation,
@@ -56,7 +54,8 @@ from effscale.training import (
     TrainState,
     next_token_loss,
 )
-from effscale.training.plotting import Records, series
+from effscale.training.metrics import step_seconds
+from effscale.training.plotting import Records, cost_of_reaching, records_of, series
 from effscale.training.staged import Changes
 
 
@@ -405,6 +404,7 @@ def study(config: Config) -> Study:
 def reaching(results: Results, arm: str, run: Run) -> dict[str, float | int | None]:
     """Return how many runs of an arm reach the small batch's last loss with the same seed, and the mean cost until then."""
     tokens, seconds = [], []
+    stages = None if run.changes is None else run.changes.stages
     for seed, records in enumerate(results.records(arm)):
         steps, losses = series(records, "val_loss")
         seen = dict(zip(*(x.tolist() for x in series(records, "tokens")), strict=True))
@@ -415,7 +415,7 @@ def reaching(results: Results, arm: str, run: Run) -> dict[str, float | int | No
             tokens.append(reached)
             until = cost_of_reaching(goal, losses, steps)
             place = results.folder / arm / f"seed-{seed}"
-            seconds.append(step_seconds(place, run, round(until or 0)))
+            seconds.append(step_seconds(place, round(until or 0), stages))
     mean = lambda values: float(np.mean(values)) if values else None
     return {
         f"{arm}_reached": len(tokens),

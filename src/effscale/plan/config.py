@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import get_args
 
+from effscale.command.folder import OUTPUT, OutputPart
 from effscale.data_efficiency import DataEfficiencyConfig
 from effscale.models.config import Remat
 from effscale.options import check
@@ -14,7 +15,6 @@ from effscale.parallel.machines import machine
 from effscale.plan.cases import ONEBIT, Case, Technique, Weights
 from effscale.plan.models import check_mesh, known_model, num_experts
 from effscale.plan.schedules import PAPER, stages_of
-from effscale.study.folder import OUTPUT, OutputPart
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from effscale.command.folder import Result, check_folder, finish, open_folder, release, resumable
+from effscale.command.line import messages, parse
 from effscale.parallel.machines import machine
 from effscale.plan.cases import Case
 from effscale.plan.config import FREE, PRESETS, Config
-from effscale.study.command import messages, parse
-from effscale.study.folder import check_folder, open_folder, release, resumable
-from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effscale.command.line import out_of_device_memory
 from effscale.parallel import shardings
 from effscale.parallel.machines import machine
 from effscale.parallel.program_cost import collective_sums, total_memory, work
 from effscale.plan.cases import Case
 from effscale.plan.steps import lower
-from effscale.study.command import out_of_device_memory
 from effscale.training.saved import config_from_json
 
 MARK = "effscale.scale "

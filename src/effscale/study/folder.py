@@ -1,47 +1,14 @@
-"""The run folder of a study: its options, checks before work begins, and what is said after a stop."""
+"""The run folder of a study: its options, and the named figures, tables and plots that it gets at the end."""
 
-import contextlib
 import dataclasses
-import pathlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
 
-from effscale.options import Options, PositiveInt, check
-from effscale.parallel.peers import on_first
-from effscale.paths import is_url
-from effscale.training import MirrorError, RunFolder
-from effscale.training.errors import StoppedBySignal
-from effscale.training.mirror import OWNER
-from effscale.training.run_folder import check_unused
-from effscale.training.serialize import differences, to_json
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutputPart(Options):
-    """The output of a run; every config includes this part."""
-
-    out: pathlib.Path | None = None
-    """Run folder; the default is runs/<experiment>/<time>."""
-    resume: bool = False
-    """Resume the run in --out: finished runs are kept, and the last one continues from its checkpoint."""
-    mirror: str | None = None
-    """URL of a copy of the run folder, updated every minute, such as s3://bucket/runs/a. effscale.training.fetch_run copies it back."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(
-            self,
-            self.mirror is None or is_url(self.mirror),
-            "mirror",
-            "a URL such as s3://bucket/runs/a",
-        )
-        resumable = not (self.resume and self.out is None)
-        check(self, resumable, "resume", "set together with --out, the folder to resume")
-
-
-OUTPUT = tuple(field.name for field in dataclasses.fields(OutputPart))
-"""Fields that can change when a run is resumed."""
+from effscale.command.folder import OutputPart, Result, finish
+from effscale.options import PositiveInt
+from effscale.study.plots import draw
+from effscale.study.study import Results
+from effscale.study.table import Interval, Table
+from effscale.training import RunFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,81 +27,92 @@ FREE = (*(field.name for field in dataclasses.fields(StudyPart)), "cache")
 """Fields of a study that can change when it is resumed."""
 
 
-def check_folder(config: OutputPart, free: Sequence[str]) -> None:
-    """Check that ``config.out`` is unused or, with ``config.resume``, contains a run of the same config that no
-    process is writing.
+def report(results: Results, folder: RunFolder, *, began: float) -> Result:
+    """Write ``table.csv``, the plots, ``results.json`` and ``report.md``, print the tables, and close the run folder.
 
     Args:
-        config: Config of the experiment.
-        free: Fields that may differ.
-
-    Raises:
-        ValueError: The folder has another config.
-        FileExistsError: The folder contains a run and ``resume`` is not set.
-        FileNotFoundError: There is no run to resume.
-        LockedError: Another process is writing to the folder.
+        results: The results.
+        folder: The run folder.
+        began: ``time.perf_counter()`` at the start of the call.
     """
-    if not config.resume:
-        if config.out is not None:
-            on_first(lambda: check_unused(config.out))
-        return
-    with RunFolder.create(config.out, resume=True) as folder:
-        saved = folder.config()
-    if config.mirror is None and (folder.path / OWNER).exists():
-        print(
-            f"warning: the copy of {folder.path} is not updated, because --mirror is not set",
-            file=sys.stderr,
-        )
-    found = [
-        f"{name}: {there!r} saved, {here!r} given"
-        for name, (there, here) in differences(saved, to_json(config)).items()
-        if name.partition(".")[0] not in free
+    study, table = results.study, results.table
+    table.write(folder.path / "table.csv")
+    draw(folder.figures, study.plots, results)
+    figures = named_figures(results)
+    if study.figures is not None:
+        figures |= study.figures(results)
+    seeds = {
+        f"{name}_{study.metric}": list(table.values(name, study.metric).values())
+        for name in study.arms
+    }
+    return finish(folder, study.name, figures, tables(results), seeds=seeds, began=began)
+
+
+def named_figures(results: Results) -> dict[str, float | None]:
+    """Return ``<arm>_<metric>`` for every metric, and for that of the study its interval and its difference from the arm it is compared with."""
+    study, table = results.study, results.table
+    named: dict[str, float | None] = {}
+
+    def add(name: str, found: Interval) -> None:
+        for suffix, value in zip(("", "_low", "_high"), found, strict=True):
+            named[name + suffix] = None if math.isnan(value) else value
+
+    for name in study.arms:
+        for metric in table.metrics(name):
+            mean = table.interval(name, metric).mean
+            named[f"{name}_{metric}"] = None if math.isnan(mean) else mean
+        add(f"{name}_{study.metric}", table.interval(name, study.metric))
+        if (other := study.against(name)) is not None:
+            add(f"{name}_{study.metric}_difference", table.difference(name, other, study.metric))
+    for name, found in results.found.items():
+        named[f"{name}_learning_rate"] = found.best.learning_rate
+        named[f"{name}_warmup"] = found.best.warmup
+        named[f"{name}_search_runs"] = len(found.losses)
+        named[f"{name}_search_settled"] = int(found.settled)
+    return named
+
+
+def tables(results: Results) -> dict[str, list[list[str]]]:
+    """Return the tables by title: arms, pairs and searches."""
+    study, table = results.study, results.table
+    mean = f"{study.metric} [95 % interval over {results.seeds} seeds]"
+    rows = [["arm", mean, "minus", "difference [95 % interval]", *study.columns.values()]]
+    for name, arm in study.arms.items():
+        other = study.against(name)
+        about = "" if other is None else study.arms[other].about
+        change = "" if other is None else _difference(table, name, other, study.metric)
+        costs = [_count(table.interval(name, metric).mean) for metric in study.columns]
+        rows.append([arm.about, table.interval(name, study.metric).text(), about, change, *costs])
+    shown = {"Arms": rows}
+    pairs = [
+        [about, _difference(table, first, second, study.metric)]
+        for first, second, about in study.pairs
+        if first in study.arms and second in study.arms
     ]
-    if found:
-        raise ValueError(
-            f"{folder.path}: has another config ({'; '.join(found)}). Resume with the saved values, or start a new run folder"
-        )
+    if pairs:
+        shown["Pairs"] = [["what is compared", f"difference in {study.metric}"], *pairs]
+    if any(found.losses for found in results.found.values()):
+        heading = ["arm", "learning rate", "warmup", study.metric, "runs", "neighbors"]
+        shown["Search: the best point of each arm"] = [heading] + [
+            [
+                study.arms[name].about,
+                f"{found.best.learning_rate:g}",
+                f"{found.best.warmup}",
+                f"{found.losses.get(found.best, math.nan):.4f}",
+                f"{len(found.losses)}",
+                "all worse" if found.settled else "not all tried",
+            ]
+            for name, found in results.found.items()
+        ]
+    return shown
 
 
-def open_folder(config: OutputPart, name: str, data: Mapping[str, Any] | None = None) -> RunFolder:
-    """Create the ``RunFolder`` of a run, or open it to resume.
-
-    Args:
-        config: Config of the experiment.
-        name: Name of the experiment.
-        data: Digests of the run's data, as for ``RunFolder.create``.
-    """
-    return RunFolder.create(
-        config.out,
-        name=name,
-        config=config,
-        data=data,
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+def _difference(table: Table, first: str, second: str, metric: str) -> str:
+    return table.difference(first, second, metric).text(sign=True)
 
 
-@contextlib.contextmanager
-def resumable(folder: RunFolder) -> Iterator[None]:
-    """Context in which a stop by a signal says how to resume, and in which the run folder is released if the block fails.
-
-    Args:
-        folder: The ``RunFolder``.
-    """
-    try:
-        yield
-    except StoppedBySignal as stop:
-        release(folder)
-        message = f"{stop}; to resume, use --out {folder.path} --resume"
-        raise StoppedBySignal(message, stop.signal) from None
-    except BaseException:
-        release(folder)
-        raise
-
-
-def release(folder: RunFolder) -> None:
-    """Close the run folder when a run has failed; a copy that cannot be completed is only a warning."""
-    try:
-        folder.close()
-    except MirrorError as error:
-        print(f"warning: {error}", file=sys.stderr)
+def _count(value: float) -> str:
+    """Return a cost with three digits or, if it is large, as a whole number."""
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"

@@ -3,35 +3,33 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from effscale.training import read_jsonl
-from effscale.training.plotting import COLORS, STYLE, Records, band, pyplot, series, shrink
-
-
-@runtime_checkable
-class Plot(Protocol):
-    """A figure of a study."""
-
-    @property
-    def name(self) -> str:
-        """The name of the PNG, without its ending."""
-
-    def draw(self, axes: Any, results: Any) -> None:
-        """Draw the results on axes of matplotlib."""
-
-    def size(self, results: Any) -> tuple[float, float]:
-        """Return width and height in inches."""
+from effscale.training.plotting import COLORS, Records, band, curves_of, drawn, series, shrink
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Curves:
-    """A metric over the course of training: the mean over seeds, with their range as a band."""
+class Plot:
+    """A figure of a study."""
 
     name: str
-    """Name of the figure."""
+    """The name of the PNG, without its ending."""
+
+    def draw(self, axes: Any, results: Any) -> None:
+        """Draw the results on axes of matplotlib."""
+        raise NotImplementedError
+
+    def size(self, results: Any) -> tuple[float, float]:
+        """Return width and height in inches."""
+        return 7.0, 4.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curves(Plot):
+    """A metric over the course of training: the mean over seeds, with their range as a band."""
+
     metric: str = "part_val_loss"
     """The metric, from ``metrics.jsonl``."""
     over: str = "step"
@@ -45,10 +43,6 @@ class Curves:
     """The part of a trial whose metrics are drawn."""
     labels: tuple[str, str] | None = None
     """Labels of the axes; None uses the names."""
-
-    def size(self, results: Any) -> tuple[float, float]:
-        """Return width and height in inches."""
-        return 7.0, 4.2
 
     def draw(self, axes: Any, results: Any) -> None:
         """Draw the curves."""
@@ -86,11 +80,9 @@ class Curves:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Finals:
+class Finals(Plot):
     """The final value of each arm: a dot per seed, and a line at the mean."""
 
-    name: str
-    """Name of the figure."""
     metric: str | None = None
     """The metric; None takes that of the study."""
     label: str | None = None
@@ -115,11 +107,9 @@ class Finals:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tradeoff:
+class Tradeoff(Plot):
     """The final value of each arm over a cost, with confidence intervals."""
 
-    name: str
-    """Name of the figure."""
     over: str
     """The metric of the cost."""
     metric: str | None = None
@@ -130,10 +120,6 @@ class Tradeoff:
     """Whether the axis of the cost is logarithmic."""
     labels: tuple[str, str] | None = None
     """Labels of the axes; None uses the names."""
-
-    def size(self, results: Any) -> tuple[float, float]:
-        """Return width and height in inches."""
-        return 7.0, 4.2
 
     def draw(self, axes: Any, results: Any) -> None:
         """Draw a point per arm."""
@@ -150,47 +136,10 @@ class Tradeoff:
         axes.legend(fontsize=8)
 
 
-def curves_of(records: Sequence[Records], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps at which a metric was recorded, and its values of shape ``(seeds, steps)``; NaN after an early end."""
-    each = [dict(zip(*(x.tolist() for x in series(r, metric)), strict=True)) for r in records]
-    steps = sorted({step for values in each for step in values})
-    rows = [[values.get(step, np.nan) for step in steps] for values in each]
-    return np.array(steps), np.array(rows, np.float64).reshape(len(records), len(steps))
-
-
-def cost_of_reaching(loss: float, losses: np.ndarray, costs: np.ndarray) -> float | None:
-    """Return the cost until a curve falls to a loss, interpolated between evaluations; None if it never does.
-
-    Example:
-        >>> losses, costs = np.array([4.0, 3.0, 2.0]), np.array([10.0, 20.0, 30.0])
-        >>> cost_of_reaching(2.5, losses, costs), cost_of_reaching(4.5, losses, costs), cost_of_reaching(1.9, losses, costs)
-        (25.0, 10.0, None)
-    """
-    below = np.flatnonzero(losses <= loss)
-    if not len(below):
-        return None
-    last = int(below[0])
-    if last == 0:
-        return float(costs[0])
-    share = (losses[last - 1] - loss) / (losses[last - 1] - losses[last])
-    return float(costs[last - 1] + share * (costs[last] - costs[last - 1]))
-
-
 def draw(folder: pathlib.Path, plots: Sequence[Plot], results: Any) -> None:
     """Write ``<name>.png`` of each plot."""
-    plt = pyplot()
-    with plt.rc_context(STYLE):
-        for plot in plots:
-            figure, axes = plt.subplots(figsize=plot.size(results), dpi=100)
+    for plot in plots:
+        path = folder / f"{plot.name}.png"
+        with drawn(path, figsize=plot.size(results), dpi=100) as axes:
             plot.draw(axes, results)
-            figure.tight_layout()
-            path = folder / f"{plot.name}.png"
-            figure.savefig(path)
-            plt.close(figure)
-            shrink(path)
-
-
-def records_of(place: pathlib.Path) -> Records:
-    """Return the records of a run's ``metrics.jsonl``; none if there is no such file."""
-    path = place / "metrics.jsonl"
-    return read_jsonl(path) if path.is_file() else []
+        shrink(path)

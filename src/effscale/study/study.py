@@ -13,11 +13,13 @@ from typing import Any
 
 from effscale.options import check, did_you_mean, is_integer
 from effscale.run import Run
-from effscale.study.plots import Plot, records_of
+from effscale.study.plots import Plot
 from effscale.study.search import Found, Point, Search
 from effscale.study.table import Row, Table, rows_of
-from effscale.study.trial import Trial, once
+from effscale.study.trial import Trial
 from effscale.training import TrainingDivergedError
+from effscale.training.plotting import records_of
+from effscale.training.run_folder import once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,11 @@ def interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def deviation(values: np.ndarray) -> float:
+    """Return the sample standard deviation; 0 for a single value."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """All values of a study.

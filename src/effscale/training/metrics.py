@@ -1,10 +1,12 @@
 """Metrics as plain numbers, and writers to JSONL files, TensorBoard or several outputs."""
 
+import itertools
 import json
 import logging
 import math
 import os
 import pathlib
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol, runtime_checkable
 
@@ -15,6 +17,7 @@ from effscale.extras import require
 from effscale.paths import local_path, output_folder
 from effscale.training.counter import Counter
 from effscale.training.serialize import write_atomic
+from effscale.training.stages import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -234,3 +237,34 @@ class MultiWriter:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+def step_seconds(folder: pathlib.Path, num_steps: int, stages: Stages[Any] | None = None) -> float:
+    """Return the seconds of a run's first training steps, without compilations and evaluations.
+
+    It is the sum over the stages of the median time of a step, which a few slow steps do not change. A stage that
+    was never timed takes the median of all steps. If no step was timed, the result is NaN.
+
+    Args:
+        folder: The folder with ``metrics.jsonl`` and ``timing.jsonl``.
+        num_steps: Number of steps.
+        stages: The stages of the run; None is a single one.
+    """
+    stages = Stages((0,), (None,)) if stages is None else stages
+    records = read_jsonl(folder / "metrics.jsonl")
+    tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
+    timing = folder / "timing.jsonl"
+    times: dict[int, list[float]] = {}
+    for record in read_jsonl(timing) if timing.is_file() else []:
+        step = record["step"]
+        if step in tokens and step - 1 in tokens:
+            seconds = (tokens[step] - tokens[step - 1]) / record["tokens_per_second"]
+            times.setdefault(stages.index(step - 1), []).append(seconds)
+    if not times:
+        return math.nan
+    median = statistics.median(itertools.chain(*times.values()))
+    ends = [*stages.starts[1:], num_steps]
+    return sum(
+        max(0, min(end, num_steps) - start) * statistics.median(times.get(stage, [median]))
+        for stage, (start, end) in enumerate(zip(stages.starts, ends, strict=True))
+    )

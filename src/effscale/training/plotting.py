@@ -1,12 +1,14 @@
 """Figures: one style for all, drawn from the records of a run so that they can be drawn again."""
 
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from effscale.extras import require
+from effscale.training.metrics import read_jsonl
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -25,6 +27,12 @@ STYLE = {
 }
 
 
+def records_of(place: pathlib.Path) -> Records:
+    """Return the records of a run's ``metrics.jsonl``; none if there is no such file."""
+    path = place / "metrics.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
 def series(records: Records, name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """Return the values of ``over`` and of ``name`` in the records that have both."""
     pairs = [
@@ -32,6 +40,32 @@ def series(records: Records, name: str, over: str = "step") -> tuple[np.ndarray,
     ]
     x, y = zip(*pairs, strict=True) if pairs else ((), ())
     return np.asarray(x, float), np.asarray(y, float)
+
+
+def curves_of(records: Sequence[Records], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps at which a metric was recorded, and its values of shape ``(seeds, steps)``; NaN after an early end."""
+    each = [dict(zip(*(x.tolist() for x in series(r, metric)), strict=True)) for r in records]
+    steps = sorted({step for values in each for step in values})
+    rows = [[values.get(step, np.nan) for step in steps] for values in each]
+    return np.array(steps), np.array(rows, np.float64).reshape(len(records), len(steps))
+
+
+def cost_of_reaching(loss: float, losses: np.ndarray, costs: np.ndarray) -> float | None:
+    """Return the cost until a curve falls to a loss, interpolated between evaluations; None if it never does.
+
+    Example:
+        >>> losses, costs = np.array([4.0, 3.0, 2.0]), np.array([10.0, 20.0, 30.0])
+        >>> cost_of_reaching(2.5, losses, costs), cost_of_reaching(4.5, losses, costs), cost_of_reaching(1.9, losses, costs)
+        (25.0, 10.0, None)
+    """
+    below = np.flatnonzero(losses <= loss)
+    if not len(below):
+        return None
+    last = int(below[0])
+    if last == 0:
+        return float(costs[0])
+    share = (losses[last - 1] - loss) / (losses[last - 1] - losses[last])
+    return float(costs[last - 1] + share * (costs[last] - costs[last - 1]))
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
@@ -93,9 +127,7 @@ def loss_curve(
     """
     seen = dict(zip(*(x.tolist() for x in series(records, "tokens")), strict=True))
     partial = any("part_val_loss" in record for record in records)
-    plt = pyplot()
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots()
+    with drawn(path) as axes:
         tokens, loss = series(records, "loss", "tokens")
         axes.plot(tokens / 1e6, loss, color=COLORS[0], alpha=0.25, linewidth=0.8)
         axes.plot(tokens / 1e6, smooth(loss, 10), color=COLORS[0], label="training")
@@ -108,19 +140,28 @@ def loss_curve(
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
         axes.set(xlabel="tokens seen (millions)", ylabel="loss", title=title)
         axes.legend()
-        figure.tight_layout()
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def speed_curve(path: pathlib.Path, timing: Records, *, title: str) -> None:
     """Draw tokens per second over steps, from ``timing.jsonl``."""
-    plt = pyplot()
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.0, 2.6))
+    with drawn(path, figsize=(7.0, 2.6)) as axes:
         steps, speed = series(timing, "tokens_per_second")
         axes.plot(steps, speed / 1e3, color=COLORS[2])
         axes.set(xlabel="step", ylabel="thousand tokens per second", title=title, ylim=(0, None))
+
+
+@contextlib.contextmanager
+def drawn(path: pathlib.Path, **options: Any) -> Iterator[Any]:
+    """Write a PNG of what the block draws on the axes that it gets.
+
+    Args:
+        path: The file.
+        **options: Passed to ``matplotlib.pyplot.subplots``.
+    """
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(**options)
+        yield axes
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)

@@ -8,8 +8,10 @@ import logging
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ import numpy as np
 from effscale.locks import LockedError, ProcessLock
 from effscale.parallel.peers import on_first
 from effscale.paths import local_path, output_folder
+from effscale.training.errors import StoppedBySignal
 from effscale.training.mirror import MirrorError, RunMirror
 from effscale.training.serialize import differences, to_json, write_atomic, write_json
 
@@ -362,3 +365,49 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def once(
+    place: pathlib.Path, train: Callable[[], dict[str, Any]], *, mark: str = "done.json"
+) -> dict[str, Any]:
+    """Do the work of a folder, or read its result if it is finished.
+
+    Args:
+        place: The folder; its checkpoints are removed at the end.
+        train: Does the work, or continues it, and returns its metrics.
+        mark: The file with the result, which is written last.
+
+    Returns:
+        The metrics, with ``seconds`` and ``cpu_seconds`` (over all threads) of all calls that finished the work or were
+        stopped by a signal during it, with compilations and evaluations. Calls that were killed are not counted.
+    """
+    done, earlier = place / mark, place / f"spent-{mark}"
+    on_first(lambda: place.mkdir(parents=True, exist_ok=True))
+    if done.is_file():
+        return _read(done)
+    first = jax.process_index() == 0  # only the first of several processes writes
+    before = _read(earlier) if earlier.is_file() else {}
+    clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+    began = {name: clock() for name, clock in clocks.items()}
+    spent = lambda: {n: before.get(n, 0.0) + clock() - began[n] for n, clock in clocks.items()}
+    try:
+        metrics = train() | spent()
+    except StoppedBySignal:
+        if first:
+            write_json(earlier, spent())
+        raise
+
+    def finish() -> None:
+        number = lambda x: None if isinstance(x, float) and np.isnan(x) else x  # JSON has no NaN
+        write_json(done, {name: number(value) for name, value in metrics.items()})
+        earlier.unlink(missing_ok=True)
+        # Not needed by finished work, and three times the size of the model.
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+    on_first(finish)
+    return metrics
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {name: float("nan") if value is None else value for name, value in values.items()}

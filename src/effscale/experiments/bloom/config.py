@@ -5,12 +5,12 @@ import math
 import pathlib
 from typing import Literal
 
+from effscale.command.folder import OUTPUT
 from effscale.experiments.shared.config_parts import TextPart
 from effscale.models import TransformerConfig, bloom
 from effscale.models.config import Remat
 from effscale.options import check, is_finite
 from effscale.parallel import MeshConfig
-from effscale.study.folder import OUTPUT
 from effscale.training import ScheduleConfig, Stages, batch_ramp
 
 CODE = "code"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import tokenizers
 
+from effscale.command.terminal import status
 from effscale.data import (
     BLOOM_TOKENS,
     Document,
@@ -33,7 +34,6 @@ from effscale.data.tokenizer import save_tokenizer
 from effscale.experiments.bloom.config import CODE, Config
 from effscale.experiments.bloom.messages import InterfaceText
 from effscale.locks import locked
-from effscale.study.console import status
 from effscale.user_cache import cache_folder
 
 SAMPLE_CHARACTERS = 4 << 20

@@ -25,13 +25,11 @@ import time
 import jax
 import numpy as np
 
+from effscale.command.folder import Result, check_folder, finish, open_folder, resumable
+from effscale.command.line import keep_freed_memory, messages, parse
 from effscale.experiments.bloom.config import MAY_DIFFER_ON_RESUME, PRESETS, Config
 from effscale.experiments.shared.prepared import corpus_digests
 from effscale.parallel import batch_shard, initialize, shard_batch
-from effscale.study.command import messages, parse
-from effscale.study.folder import check_folder, open_folder, resumable
-from effscale.study.host import keep_freed_memory
-from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

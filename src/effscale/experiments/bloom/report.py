@@ -9,7 +9,7 @@ import numpy as np
 
 from effscale.experiments.bloom.corpus import Prepared
 from effscale.experiments.bloom.tasks import Group
-from effscale.study.results import deviation
+from effscale.study.table import deviation
 from effscale.training import read_jsonl
 from effscale.training.plotting import COLORS, STYLE, pyplot, series, smooth
 

@@ -5,13 +5,13 @@ import math
 import pathlib
 from typing import Literal
 
+from effscale.command.folder import OUTPUT
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_config import PretrainingConfig, PretrainingPart
 from effscale.models import TransformerConfig, bloom
 from effscale.models.config import TokenInputs
 from effscale.models.positions import LearnedPositions, Rotary
 from effscale.options import check
-from effscale.study.folder import OUTPUT
 from effscale.study.search import Point, Search
 
 ArmName = Literal["alibi", "rotary", "learned", "alibi_without_norm"]

@@ -24,13 +24,11 @@ import time
 
 import numpy as np
 
+from effscale.command.folder import Result, check_folder, finish, open_folder, resumable
+from effscale.command.line import keep_freed_memory, messages, parse
 from effscale.experiments.bloom_ablations.config import FREE, PRESETS, Config
 from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
 from effscale.parallel import shard_batch
-from effscale.study.command import messages, parse
-from effscale.study.folder import check_folder, open_folder, resumable
-from effscale.study.host import keep_freed_memory
-from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

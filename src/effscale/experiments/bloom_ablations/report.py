@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from effscale.experiments.bloom_ablations.config import ArmName, Config
-from effscale.study.results import deviation
 from effscale.study.search import Found
+from effscale.study.table import deviation
 from effscale.training.plotting import COLORS, STYLE, band, pyplot
 
 NAMES: dict[ArmName, str] = {

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Annotated, Literal, get_args
 
+from effscale.command.folder import OUTPUT, OutputPart
 from effscale.models import TransformerConfig, gpt2
 from effscale.models.config import Remat
 from effscale.options import (
@@ -18,7 +19,6 @@ from effscale.options import (
 )
 from effscale.parallel import MeshConfig
 from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
-from effscale.study.folder import OUTPUT, OutputPart
 
 SMOLLM2 = pathlib.Path("smollm2")
 """The name of the model from ``make assets`` for --actor."""

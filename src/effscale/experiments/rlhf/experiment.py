@@ -22,12 +22,10 @@ import time
 import jax
 import numpy as np
 
+from effscale.command.folder import Result, check_folder, finish, open_folder, resumable
+from effscale.command.line import keep_freed_memory, messages, parse
 from effscale.experiments.rlhf.config import FREE, PRESETS, Config
 from effscale.parallel import initialize, shard_batch
-from effscale.study.command import messages, parse
-from effscale.study.folder import check_folder, open_folder, resumable
-from effscale.study.host import keep_freed_memory
-from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

@@ -16,7 +16,7 @@ from effscale.generation import decode
 from effscale.models import Transformer
 from effscale.rlhf import response_log_probs, response_scores
 from effscale.rlhf.rollout import rollout_model
-from effscale.study.results import deviation
+from effscale.study.table import deviation
 from effscale.training import read_jsonl
 from effscale.training.plotting import COLORS, STYLE, pyplot, series
 

@@ -7,8 +7,8 @@ field, which keeps the docstring, or give it a new docstring. Every ``__post_ini
 import dataclasses
 import pathlib
 
+from effscale.command.folder import OutputPart
 from effscale.options import check
-from effscale.study.folder import OutputPart
 from effscale.training import AdamWConfig
 
 

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from effscale.command.terminal import status
 from effscale.experiments.shared.config_parts import TextPart
-from effscale.study.console import status
 from effscale.user_cache import cache_folder
 
 

@@ -5,6 +5,7 @@ import pathlib
 
 import optax
 
+from effscale.command.folder import OUTPUT
 from effscale.data_efficiency import (
     CURRICULA,
     DataEfficiencyConfig,
@@ -17,7 +18,6 @@ from effscale.experiments.shared.config_parts import CorporaPart, TextPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.options import check, is_integer
 from effscale.parallel import MeshConfig
-from effscale.study.folder import OUTPUT
 from effscale.training import AdamWConfig
 
 

@@ -11,8 +11,8 @@ import jax
 from effscale.experiments.shared.pretraining import Pretraining, Trained
 from effscale.experiments.shared.pretraining_config import FREE, PretrainingConfig
 from effscale.experiments.shared.runs import once
-from effscale.study.command import StoppedBySignal
 from effscale.training import RunFolder, TrainingDivergedError, TrainState
+from effscale.training.errors import StoppedBySignal
 from effscale.training.serialize import write_json
 
 

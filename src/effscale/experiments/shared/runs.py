@@ -1,16 +1,11 @@
 """Runs inside a run folder: each is made once, resumed after a stop, and has its own folder."""
 
-import json
-import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 
-from effscale.parallel.peers import on_first
-from effscale.study.command import StoppedBySignal
 from effscale.training import (
     Checkpoints,
     ConsoleWriter,
@@ -21,53 +16,32 @@ from effscale.training import (
     TensorBoardWriter,
     fit,
     resume_or_start,
+    run_folder,
 )
+from effscale.training.errors import StoppedBySignal
 from effscale.training.loop import FitResult
 from effscale.training.metrics import MetricsWriter
-from effscale.training.serialize import write_json
 from effscale.training.state import CountsSteps
 
 S = TypeVar("S", bound=CountsSteps)
 
 
 def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
-    """Make one of the runs of a run folder, or skip a finished one.
-
-    The ``seconds`` in its ``done.json``, and its ``cpu_seconds`` over all threads, cover all calls that finished it
-    or were stopped by a signal during it, including compilations and evaluations. Calls that were killed are not
-    counted.
+    """Make one of the runs of a run folder, or skip a finished one; see ``effscale.training.run_folder.once``.
 
     Args:
         folder: The run folder.
         name: Name of the run and of its folder inside the run folder.
         train: Makes the run, or resumes it from its checkpoint.
     """
-    place = folder.path / name
-    done = place / "done.json"
-    if done.is_file():
-        return
-    first = jax.process_index() == 0  # only the first of several processes writes
-    if first:
-        print(name, file=sys.stderr)
-    earlier = place / "seconds.json"  # from earlier calls
-    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
-    clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
-    began = {name: clock() for name, clock in clocks.items()}
-    spent = lambda: {n: before.get(n, 0.0) + clock() - began[n] for n, clock in clocks.items()}
-    try:
+
+    def work() -> dict[str, Any]:
+        if jax.process_index() == 0:
+            print(name, file=sys.stderr)
         train()
-    except StoppedBySignal:
-        if first:
-            write_json(earlier, spent())
-        raise
+        return {}
 
-    def finish() -> None:
-        write_json(done, spent())
-        earlier.unlink(missing_ok=True)
-        # Not needed by a finished run, and three times the model's size.
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)
-
-    on_first(finish)
+    run_folder.once(folder.path / name, work)
 
 
 def train_to_end(

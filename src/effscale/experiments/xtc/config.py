@@ -3,9 +3,9 @@
 import dataclasses
 import pathlib
 
+from effscale.command.folder import OUTPUT
 from effscale.experiments.shared.config_parts import ClassifierPart
 from effscale.options import check
-from effscale.study.folder import OUTPUT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,10 @@ Of each run, the best checkpoint on the dev passages counts. The packed model is
 import functools
 import time
 
+from effscale.command.folder import Result, check_folder, finish, open_folder, resumable
+from effscale.command.line import keep_freed_memory, messages, parse
+from effscale.command.terminal import status
 from effscale.experiments.xtc.config import FREE, PRESETS, Config
-from effscale.study.command import messages, parse
-from effscale.study.console import status
-from effscale.study.folder import check_folder, open_folder, resumable
-from effscale.study.host import keep_freed_memory
-from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.xtc.runs import UNTRAINED
-from effscale.study.results import deviation
+from effscale.study.table import deviation
 from effscale.training.plotting import COLORS, STYLE, pyplot
 
 MEGABYTE = 1e6

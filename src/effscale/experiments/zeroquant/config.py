@@ -4,11 +4,11 @@ import dataclasses
 import pathlib
 from typing import Literal, get_args
 
+from effscale.command.folder import OUTPUT
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.experiments.shared.config_parts import ClassifierPart
 from effscale.options import check
 from effscale.quant import LKD
-from effscale.study.folder import OUTPUT
 
 ArmName = Literal[
     "w8a8_per_tensor",

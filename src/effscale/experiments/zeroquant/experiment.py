@@ -16,11 +16,10 @@ peers.
 import time
 from typing import Any
 
+from effscale.command.folder import Result, check_folder, finish, open_folder, resumable
+from effscale.command.line import messages, parse
+from effscale.command.terminal import status
 from effscale.experiments.zeroquant.config import FREE, PRESETS, Config
-from effscale.study.command import messages, parse
-from effscale.study.console import status
-from effscale.study.folder import check_folder, open_folder, resumable
-from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.zeroquant.arms import Arm
-from effscale.study.results import deviation
+from effscale.study.table import deviation
 from effscale.training.plotting import COLORS, STYLE, pyplot
 
 PEERS = {
