@@ -19,7 +19,7 @@ from effscale.models.attention import in_blocks
 from effscale.models.config import AttentionImplementation, Remat
 from effscale.models.positions import Alibi
 from effscale.parallel import MeshConfig
-from effscale.parallel.lowering import lower_step
+from effscale.parallel.placement import lower_step
 from effscale.training import create_train_state, make_train_step, next_token_loss
 from kernels_pallas.aot import Program
 

@@ -28,7 +28,7 @@ from effscale.experiments.xtc.arms import BINARY, Arm
 from effscale.models import Transformer, bert, take_layers, vit
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker
-from effscale.parallel.lowering import lower_step
+from effscale.parallel.placement import lower_step
 from effscale.study import Point
 from effscale.training import (
     Clip,

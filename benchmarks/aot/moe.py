@@ -21,7 +21,7 @@ from effscale.models import MLPConfig, Transformer, TransformerConfig, gpt2
 from effscale.moe import MoEConfig, RouterConfig, expert_capacity, with_experts
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import Exchange, MeshConfig, collectives, per_worker
-from effscale.parallel.lowering import lower_step
+from effscale.parallel.placement import lower_step
 from effscale.training import (
     AdamWConfig,
     Clip,

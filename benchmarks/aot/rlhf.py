@@ -31,7 +31,7 @@ from effscale.models import (
     opt,
 )
 from effscale.parallel import use_rules
-from effscale.parallel.lowering import lower_step, placed, placed_rows
+from effscale.parallel.placement import lower_step, placed, placed_rows
 from effscale.rlhf import RolloutConfig, actor_loss, critic_loss, response_log_probs
 from effscale.rlhf.experience import Experience
 from effscale.rlhf.rollout import rollout_model

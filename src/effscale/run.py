@@ -26,8 +26,8 @@ from effscale.parallel import (
     shardings,
     simulate_workers,
 )
-from effscale.parallel.lowering import lower_step
 from effscale.parallel.machines import machine
+from effscale.parallel.placement import lower_step
 from effscale.parallel.program_cost import ProgramCost, matmul_operations, program_cost
 from effscale.training import (
     AdamWConfig,

@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from analysis_parts import Killer, Remainders, token
 
 from effscale.curriculum.analysis.analyze import accumulate, analyze
-from effscale.curriculum.analysis.ray import ray_runner
+from effscale.curriculum.analysis.workers import ray_runner
 from effscale.curriculum.metrics import TokenCounts
 
 

@@ -7,8 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from effscale.curriculum.order import Clusters, GrowingOrder, next_draws
-from effscale.curriculum.permutation import fold_in, permute
+from effscale.curriculum.order import Clusters, GrowingOrder, fold_in, next_draws, permute
 
 
 def keys(count, seed=0):

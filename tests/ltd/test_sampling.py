@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from effscale.ltd import sample_kept
-from effscale.ltd.sampling import BRANCH
+from effscale.ltd.tokens import BRANCH
 from effscale.parallel import MeshConfig
 
 

@@ -9,8 +9,8 @@ from jax.sharding import AbstractMesh, AxisType
 from effscale.models import matmul
 from effscale.models.activations import ACTIVATIONS
 from effscale.quant import Format, pack_weight
-from effscale.quant.kernel_activations import WITHIN
 from effscale.quant.packed import kernel_product
+from effscale.quant.row_products import WITHIN
 
 TOKENS = Format(granularity="token")
 RANGES = Format(granularity="token", symmetric=False)

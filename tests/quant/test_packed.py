@@ -17,8 +17,8 @@ from effscale.parallel import MeshConfig, shard
 from effscale.quant import Format, pack_weight, quantize
 from effscale.quant import packed as packed_module
 from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.formats import pack, stored_bits, unpack
 from effscale.quant.packed import PackedWeight
-from effscale.quant.packing import pack, stored_bits, unpack
 from effscale.training.partition import trainable_mask
 
 TOKENS = Format(granularity="token")

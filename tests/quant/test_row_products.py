@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 from effscale.models import matmul
 from effscale.quant import Format, pack_weight
-from effscale.quant.packing import pack, unpack
+from effscale.quant.formats import pack, unpack
 from effscale.quant.row_products import LANES, TERMS, row_product, serves_row
 
 

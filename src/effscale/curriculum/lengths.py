@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from effscale.options import Options, PositiveInt, check
 from effscale.training import Stages, stages
 from effscale.training.pacing import Pacing
-from effscale.training.rows import token_shape
+from effscale.training.staged import token_shape
 
 Mode = Literal["truncate", "reshape"]
 

@@ -7,9 +7,8 @@ from effscale.lazy import lazy_package
 if TYPE_CHECKING:
     from effscale.ltd.accounting import layer_token_average, training_flops
     from effscale.ltd.runner import token_dropping
-    from effscale.ltd.sampling import sample_kept
     from effscale.ltd.schedule import RandomLTD, mslg
-    from effscale.ltd.tokens import put_tokens, take_tokens
+    from effscale.ltd.tokens import put_tokens, sample_kept, take_tokens
 
 __all__ = [
     "RandomLTD",

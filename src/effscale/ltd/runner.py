@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from effscale.ltd.layers import dropping_layers
-from effscale.ltd.sampling import sample_kept
-from effscale.ltd.tokens import put_tokens, take_context, take_tokens
+from effscale.ltd.tokens import put_tokens, sample_kept, take_context, take_tokens
 from effscale.models import Context, TransformerConfig, run_group
 from effscale.models.block import BlockGroup
 from effscale.models.transformer import RunGroup

@@ -16,7 +16,7 @@ from effscale.models import PatchInputs, TransformerConfig
 from effscale.options import Options, check
 from effscale.training import LinearPacing, Loss, Stages, stages
 from effscale.training.pacing import Clock, Pacing
-from effscale.training.rows import token_shape
+from effscale.training.staged import token_shape
 from effscale.training.step import count_tokens
 
 KEPT = "kept_tokens"

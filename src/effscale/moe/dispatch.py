@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from effscale.models import finish, map_weights
 from effscale.models.weights import dense
 from effscale.moe.routing import ExpertChoice, Routing
-from effscale.parallel.ragged import ragged_all_to_all
+from effscale.parallel.expert_exchange import ragged_all_to_all
 from kernels_pallas import grouped_matmul
 
 

@@ -26,8 +26,8 @@ from effscale.moe.run_experts import (
 )
 from effscale.options import Options, PositiveInt, check
 from effscale.parallel import Exchange, constrain
-from effscale.parallel.constraint import auto_batch_axes
 from effscale.parallel.expert_exchange import mesh_size
+from effscale.parallel.rules import auto_batch_axes
 from kernels_pallas import dispatch
 
 Dispatch = Literal["table", "one_hot", "dropless"]

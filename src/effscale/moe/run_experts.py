@@ -29,8 +29,8 @@ from effscale.moe.dispatch import (
 )
 from effscale.moe.routing import ExpertChoice, Routing
 from effscale.parallel import Exchange
-from effscale.parallel.constraint import auto_batch_axes
 from effscale.parallel.expert_exchange import check_experts, expert_axes, to_experts, to_tokens
+from effscale.parallel.rules import auto_batch_axes
 from kernels_pallas import dispatch as kernels
 from kernels_pallas.grouped_matmul.places import Places
 from kernels_pallas.manual_axes import vary, varying_axes

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from effscale.optim.onebit_lamb import onebit_lamb
     from effscale.optim.tensor_layout import compressed_mean_bytes, mean_bytes
     from effscale.optim.workers import Workers
-    from effscale.optim.zero_one.adam import zero_one_adam
-    from effscale.optim.zero_one.policies import Policies, Round, halving_steps
+    from effscale.optim.zero_one_adam import zero_one_adam
+    from effscale.optim.zero_one_policies import Policies, Round, halving_steps
 
 __all__ = [
     "Policies",

@@ -10,9 +10,7 @@ from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
     from effscale.parallel.collectives import collectives
-    from effscale.parallel.constraint import constrain
-    from effscale.parallel.expert_exchange import Exchange
-    from effscale.parallel.host_memory import to_host_memory
+    from effscale.parallel.expert_exchange import Exchange, ragged_all_to_all
     from effscale.parallel.mesh import MeshConfig
     from effscale.parallel.peers import ending_together
     from effscale.parallel.placement import (
@@ -21,11 +19,10 @@ if TYPE_CHECKING:
         shard,
         shard_batch,
         shardings,
+        to_host_memory,
     )
-    from effscale.parallel.ragged import ragged_all_to_all
-    from effscale.parallel.rules import DEFAULT_RULES, use_rules
+    from effscale.parallel.rules import DEFAULT_RULES, constrain, use_rules
     from effscale.parallel.startup import DistributedConfig, initialize
-    from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
     from effscale.parallel.worker_steps import per_worker, simulate_workers
     from effscale.parallel.workers import (
         MovesParams,
@@ -33,7 +30,10 @@ if TYPE_CHECKING:
         SendsBytes,
         resize_workers,
         sent_bytes,
+        stack_workers,
+        unstack_workers,
         worker_params,
+        worker_specs,
     )
 
 __all__ = [

@@ -1,7 +1,8 @@
-"""Placement of the arrays of a tree and the rows of a batch on a mesh."""
+"""Placement of the arrays of a tree and the rows of a batch: on a mesh, in host memory, or on devices that need not exist."""
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -246,3 +247,82 @@ def _batch_ways(mesh: Mesh | AbstractMesh) -> int:
 
 def _product(mesh: Mesh) -> str:
     return " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _batch_axes(mesh))
+
+
+def lower_step(
+    step: Callable[..., Any],
+    create: Callable[[], Any],
+    batch: Any,
+    mesh: jax.sharding.Mesh,
+    shape_batch: Callable[[Any], Any] = lambda batch: batch,
+    frozen: Callable[[], Any] | None = None,
+) -> jax.stages.Lowered:
+    """Lower a donated step for a mesh.
+
+    Args:
+        step: A function from state and batch to state and metrics.
+        create: Creates the state.
+        batch: Types of a batch's arrays, a tree; they are sharded by rows.
+        mesh: The mesh.
+        shape_batch: Applies a stage of a technique to the batch.
+        frozen: Creates the ``frozen`` argument of the step; None passes nothing.
+    """
+    with jax.set_mesh(mesh):
+        given = {} if frozen is None else {"frozen": placed(jax.eval_shape(frozen), mesh)}
+        state = jax.eval_shape(create)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), None))
+        rows = placed_rows(batch, mesh)
+        return jitted.lower(placed(state, mesh), shape_batch(rows), **given)
+
+
+def placed(types: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Return types of a tree's arrays with the shardings of the current rules."""
+    return jax.tree.map(_with_sharding, types, shardings(types, mesh))
+
+
+def placed_rows(types: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Return types of a batch's arrays, sharded by rows."""
+    return jax.tree.map(lambda x: _with_sharding(x, batch_sharding(mesh)), types)
+
+
+def _with_sharding(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+HOST = "pinned_host"
+
+
+def to_host_memory(tree: Tree) -> Tree:
+    """Move the arrays of a tree to the memory of their devices' hosts, with the same sharding.
+
+    Use it for models that are needed only now and then, such as the reference and the reward model of reinforcement
+    learning. On a CPU, where both memories are the same, it works but saves nothing.
+
+    Args:
+        tree: Any pytree; NumPy arrays are moved to the host of the default device.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> to_host_memory(jnp.ones(2)).sharding.memory_kind
+        'pinned_host'
+    """
+    return jax.tree.map(lambda x: _move(x, HOST), tree)
+
+
+def on_devices(tree: Tree) -> Tree:
+    """Copy the arrays of a tree that are in host memory to the devices; the others are returned unchanged.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> waiting = to_host_memory(jnp.ones(2))
+        >>> on_devices(waiting).sharding.memory_kind != 'pinned_host'
+        True
+    """
+    waits = lambda x: isinstance(x, jax.Array) and x.sharding.memory_kind == HOST
+    default = lambda x: next(iter(x.sharding.device_set)).default_memory().kind
+    return jax.tree.map(lambda x: _move(x, default(x)) if waits(x) else x, tree)
+
+
+def _move(x: Any, kind: str) -> Any:
+    array = jax.numpy.asarray(x)
+    return jax.device_put(array, array.sharding.with_memory_kind(kind))

@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 
-from effscale.parallel.collectives import collectives
+from effscale.parallel.collectives import collectives, lines, times
 from effscale.parallel.machines import HOST_GPUS, Machine
-from effscale.parallel.program_text import lines, times
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')

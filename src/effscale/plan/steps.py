@@ -14,7 +14,7 @@ from effscale.models.stacking import for_decoding
 from effscale.models.weights import transpose
 from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import per_worker
-from effscale.parallel.lowering import lower_step, placed, placed_rows
+from effscale.parallel.placement import lower_step, placed, placed_rows
 from effscale.parallel.rules import logical_spec
 from effscale.plan.cases import ONEBIT, Case, Weights
 from effscale.plan.models import loss_of

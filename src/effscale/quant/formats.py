@@ -1,9 +1,73 @@
-"""Quantization formats: how many bits, how codes are spread over the range, and which values share a scale."""
+"""Quantization formats: how many bits, how codes are spread over the range, and which values share a scale; and codes of fewer than 8 bits in bytes."""
 
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
+from jaxtyping import Array, Int8
+
 from effscale.options import Options, PositiveInt, check
+from kernels_pallas import packed_codes
+
+
+def stored_bits(bits: int) -> int:
+    """Return the number of bits that a code takes in memory.
+
+    Example:
+        >>> [stored_bits(bits) for bits in (1, 2, 3, 4, 8)]
+        [1, 2, 4, 4, 8]
+    """
+    return 4 if bits == 3 else bits
+
+
+def pack(codes: Int8[Array, "*batch codes"], bits: int) -> Int8[Array, "*batch bytes"]:
+    """Pack codes of ``bits`` bits into bytes.
+
+    Raises:
+        ValueError: The last dimension is not a multiple of the number of codes in a byte.
+
+    Example:
+        >>> pack(jnp.array([1, -2, 3, 7], jnp.int8), 4).tolist()  # 0x31, 0x7e
+        [49, 126]
+    """
+    bits = stored_bits(bits)
+    planes = 8 // bits
+    if codes.shape[-1] % planes:
+        raise ValueError(
+            f"the last dimension must be a multiple of {planes} to fill whole bytes with {bits}-bit codes, got {codes.shape[-1]}"
+        )
+    if planes == 1:
+        return codes
+    if bits == 1:
+        codes = (codes > 0).astype(jnp.int8)
+    width = codes.shape[-1] // planes
+    packed = jnp.zeros((*codes.shape[:-1], width), jnp.int8)
+    for plane in range(planes):
+        part = codes[..., plane * width : (plane + 1) * width] & _mask(bits)
+        packed |= part << jnp.int8(plane * bits)
+    return packed
+
+
+def unpack_planes(
+    packed: Int8[Array, "*batch bytes"], bits: int
+) -> list[Int8[Array, "*batch bytes"]]:
+    """Unpack the planes of codes, first to last.
+
+    Example:
+        >>> [plane.tolist() for plane in unpack_planes(jnp.array([49, 126], jnp.int8), 4)]
+        [[1, -2], [3, 7]]
+    """
+    return packed_codes.unpack_planes(packed, stored_bits(bits))
+
+
+def unpack(packed: Int8[Array, "*batch bytes"], bits: int) -> Int8[Array, "*batch codes"]:
+    """Unpack the codes; the inverse of ``pack``."""
+    return jnp.concatenate(unpack_planes(packed, bits), axis=-1)
+
+
+def _mask(bits: int) -> Array:
+    return jnp.int8((1 << bits) - 1)
+
 
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
 """Which values of a matrix share a scale.

@@ -13,11 +13,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from effscale.models import finish
 from effscale.models.activations import ACTIVATIONS, Activation
-from effscale.quant.formats import Format
-from effscale.quant.kernel_activations import WITHIN
-from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
+from effscale.quant.formats import Format, pack, stored_bits, unpack, unpack_planes
 from effscale.quant.quantizers import Quantized, encode, quantize
-from effscale.quant.row_products import row_product, serves_row
+from effscale.quant.row_products import WITHIN, row_product, serves_row
 from kernels_pallas import dispatch, packed_matmul, quantized_matmul
 from kernels_pallas.packed_matmul.api import why_not as why_not_packed
 from kernels_pallas.quantized_matmul.api import why_not as why_not_quantized
@@ -44,7 +42,7 @@ class PackedWeight:
     table.
 
     Attributes:
-        data: Packed codes, ``(..., out, in * bits / 8)`` bytes (see ``effscale.quant.packing``).
+        data: Packed codes, ``(..., out, in * bits / 8)`` bytes (see ``effscale.quant.qarrays``).
         scale: float32, of shape ``effscale.quant.scale_shape`` of the kernel.
         zero: float32, same shape as ``scale``; None for symmetric formats.
         input_scale: float32, one per matrix: the scale of its inputs, from static calibration. If None, the scale of

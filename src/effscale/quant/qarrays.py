@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effscale.extras import require
-from effscale.quant.formats import Format
+from effscale.quant.formats import Format, unpack
 from effscale.quant.packed import PackedWeight, check_packable, pack_quantized
-from effscale.quant.packing import unpack
 from effscale.quant.quantizers import Quantized
 
 if typing.TYPE_CHECKING:

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 
 from effscale.generation.decoding import Generated
 from effscale.models import Transformer
-from effscale.parallel.host_memory import on_devices
-from effscale.parallel.placement import gathered
+from effscale.parallel.placement import gathered, on_devices
 from effscale.rlhf.scoring import response_scores
 
 Reward = Callable[[Generated, Mapping[str, Any]], Any]

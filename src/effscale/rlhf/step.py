@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 from effscale.generation import SamplingConfig, decode
 from effscale.models import Transformer
 from effscale.options import PositiveInt, checked
-from effscale.parallel.host_memory import on_devices
+from effscale.parallel.placement import on_devices
 from effscale.rlhf.config import GroupConfig, PPOConfig
 from effscale.rlhf.experience import (
     Experience,

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from effscale.parallel.lowering import placed
+from effscale.parallel.placement import placed
 from effscale.run import Run
 from effscale.study.search import Point
 from effscale.training import Checkpoints

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from effscale.training.metrics import JsonlWriter, MultiWriter, TensorBoardWriter, read_jsonl
     from effscale.training.mirror import MirrorError, RunMirror, fetch_run
     from effscale.training.objectives import add_reports, masked_token_loss, next_token_loss
-    from effscale.training.optimizers import AdamWConfig
     from effscale.training.pacing import CustomPacing, DiscretePacing, LinearPacing, RootPacing
     from effscale.training.partition import decay_mask, named_leaves
     from effscale.training.run_folder import RunFolder
-    from effscale.training.schedules import ScheduleConfig, by_tokens
+    from effscale.training.schedules import AdamWConfig, ScheduleConfig, by_tokens
     from effscale.training.staged import StagedStep
     from effscale.training.stages import Stages, merge, stages
     from effscale.training.state import TrainState, abstract, create_train_state

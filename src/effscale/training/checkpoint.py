@@ -24,18 +24,19 @@ from effscale.training.checkpoint_files import (
     describe,
     finished_steps,
     flat,
+    last_good,
     leftovers,
     load_items,
     no_such_step,
     read_run,
     step_folder,
+    superseded,
     without_manifest,
     writing_mark,
 )
 from effscale.training.errors import CheckpointError
 from effscale.training.items import items_of, state_of
 from effscale.training.manifest import MANIFEST, digest_part, verify_manifest, write_manifest
-from effscale.training.retention import last_good, superseded
 from effscale.training.serialize import differences, to_json
 from effscale.training.storage import AnyPath, folder_path, is_local, make_folder, move, remove
 

@@ -1,4 +1,4 @@
-"""The layout of a checkpoint on disk, and reading it without a training state.
+"""The layout of a checkpoint on disk, and reading it without a training state, and which ones to keep.
 
 ::
 
@@ -377,3 +377,34 @@ def restore_model(
     averaged, _ = partition(abstract_model, lambda name: name in names)
     items = load_items(path, {item: abstract_model, average: averaged})
     return combine(items[average], items[item]), run["step"]
+
+
+def superseded(folder: AnyPath, keep: int) -> list[int]:
+    """Return the steps of the checkpoints that can be deleted.
+
+    The newest ``keep`` checkpoints saved right after an update are kept, and the newest of all. While consecutive updates are
+    skipped the model does not change, so checkpoints from that time never replace those from before it.
+    """
+    good, skipping = _by_kind(folder)
+    newest = max(good + skipping, default=None)
+    kept = {*good[-keep:], newest}
+    return [step for step in sorted(good + skipping) if step not in kept]
+
+
+def last_good(folder: AnyPath) -> int | None:
+    """Return the step of the newest checkpoint that was saved right after an update, not while updates were being skipped."""
+    good, _ = _by_kind(folder)
+    return good[-1] if good else None
+
+
+def _by_kind(folder: AnyPath) -> tuple[list[int], list[int]]:
+    """Return the steps saved right after an update, and those saved while updates were being skipped, without unreadable checkpoints."""
+    good: list[int] = []
+    skipping: list[int] = []
+    for step in finished_steps(folder):
+        try:
+            skipped = read_run(step_folder(folder, step)).get("skipped_in_row", 0)
+        except (OSError, ValueError):
+            continue
+        (skipping if skipped else good).append(step)
+    return good, skipping

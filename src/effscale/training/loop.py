@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 from effscale.training.checkpoint import Checkpoints
 from effscale.training.errors import CheckpointError, TrainingDivergedError
 from effscale.training.metrics import MetricsWriter, plain
-from effscale.training.on_device import check_on_device
+from effscale.training.partition import named_leaves
 from effscale.training.signals import StopSignal
 from effscale.training.state import CountsSteps, abstract
 
@@ -298,3 +299,29 @@ class _Log:
             self._checkpoints.wait()
             last, where = self._checkpoints.last_good, str(self._checkpoints.folder)
         raise TrainingDivergedError(step, skipped, last, where or "")
+
+
+Tree = TypeVar("Tree")
+
+
+def check_on_device(frozen: Tree, state: Any) -> Tree:
+    """Return ``frozen`` unchanged, after checking that its arrays need no transfer to the devices of the state at every step.
+
+    Raises:
+        ValueError: An array is on the host, or on fewer devices than the state.
+    """
+    wanted = max((_num_devices(x) for x in jax.tree.leaves(state)), default=1)
+    for name, x, *_ in named_leaves(frozen):
+        found = _num_devices(x)
+        if np.ndim(x) == 0 or found >= wanted:
+            continue
+        where = f"on {found} of the state's {wanted} devices" if found else "on the host"
+        place = "jax.device_put(frozen)" if wanted == 1 else "effscale.parallel.shard(frozen, mesh)"
+        raise ValueError(
+            f"{name} of frozen is {where}, so it would be copied at every step. Place it once with {place}."
+        )
+    return frozen
+
+
+def _num_devices(x: Any) -> int:
+    return len(x.sharding.device_set) if isinstance(x, jax.Array) else 0

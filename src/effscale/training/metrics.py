@@ -15,9 +15,9 @@ import jax
 from effscale.atomic import full_disk_errors
 from effscale.extras import require
 from effscale.paths import local_path, output_folder
-from effscale.training.counter import Counter
 from effscale.training.serialize import write_atomic
 from effscale.training.stages import Stages
+from effscale.training.state import Counter
 
 logger = logging.getLogger(__name__)
 

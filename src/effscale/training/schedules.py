@@ -1,4 +1,4 @@
-"""Learning rates as functions of the number of updates or of tokens seen."""
+"""Learning rates as functions of the number of updates or of tokens seen, and the default optimizer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effscale.options import NonNegativeFloat, NonNegativeInt, Options, check, is_finite
+from effscale.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    ProperFraction,
+    check,
+    is_finite,
+)
+from effscale.training.partition import decay_mask
 
 Unit = Literal["steps", "tokens"]
 Kind = Literal["constant", "linear", "cosine", "inverse_sqrt"]
@@ -185,3 +194,47 @@ def scale_by_learning_rate(
     if isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens":
         return scale_by_token_schedule(learning_rate.function)
     return optax.scale_by_learning_rate(learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamWConfig(Options):
+    """AdamW as in ``optax.adamw``, with weight decay only on matrices.
+
+    References:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), ICLR. https://arxiv.org/abs/1711.05101
+
+    >>> optimizer = AdamWConfig(weight_decay=0.1).build(1e-3)
+    """
+
+    b1: ProperFraction = 0.9
+    """Decay of the first moment."""
+    b2: ProperFraction = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Number added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+
+    def build(
+        self,
+        learning_rate: float | Callable[[Any], Any] | optax.GradientTransformation,
+        mask: Callable[[Any], Any] | None = decay_mask,
+    ) -> optax.GradientTransformationExtraArgs:
+        """Build the optimizer.
+
+        Args:
+            learning_rate: A number, an optax schedule, a ``Schedule`` (which can count tokens), or the final transformation,
+                such as ``effscale.curriculum.steps_then_tokens``.
+            mask: A function from the trained leaves to a tree of bools, True where weight decay applies; None decays everything.
+
+        Returns:
+            An optax transformation that accepts extra arguments.
+
+        Raises:
+            ValueError: ``learning_rate`` is a number that is not finite, or none of the above.
+        """
+        return optax.chain(
+            optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),
+            optax.add_decayed_weights(self.weight_decay, mask),
+            scale_by_learning_rate(learning_rate),
+        )

@@ -84,7 +84,7 @@ def analyze(
         overwrite: Whether to replace an index of another source or other metrics.
         progress: Called when shards are finished.
         run: How to map shards instead of in local processes, such as
-            ``effscale.curriculum.analysis.ray.ray_runner``.
+            ``effscale.curriculum.analysis.workers.ray_runner``.
 
     Raises:
         ValueError: The source is empty, an argument is out of range, or a metric does not return

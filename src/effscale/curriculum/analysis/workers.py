@@ -1,15 +1,21 @@
-"""Map the shards of an analysis on one machine, in this process or in others."""
+"""Map the shards of an analysis on one machine, in this process, in others, or on a Ray cluster."""
 
 import collections
 import concurrent.futures
+import functools
+import io
 import multiprocessing
 import os
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
 
 from effscale.curriculum.analysis.map import Columns, MapFunction, Runner, Shard
+from effscale.extras import require
 
 MAX_TRIES = 3
 
@@ -108,3 +114,40 @@ def _call(shard: Shard) -> Columns:
     if _function is None:
         _function = pickle.loads(_content)
     return _function(shard)
+
+
+PREFIX = "column:"  # a metric may have the name of a NumPy argument
+
+
+def ray_runner(function: MapFunction, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Columns]]:
+    """Map shards with Ray Data: ``analyze(..., run=ray_runner)``.
+
+    It uses the cluster that Ray is connected to, or starts Ray on this machine. The source must
+    be readable on every node, for instance a token store on a shared disk. Values are returned through Ray, so
+    only this machine needs the folder of the index. The shard of a lost worker is run again, a
+    few times.
+
+    Raises:
+        ModuleNotFoundError: The extra ``ray`` is not installed.
+    """
+    require("analysis with Ray", "ray", "duckdb", "pyarrow")
+    import ray.data
+
+    if not shards:
+        return
+    items = [shard._asdict() for shard in shards]
+    results = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        functools.partial(_map_one, function), max_retries=MAX_TRIES - 1
+    )
+    for row in results.iter_rows():
+        with np.load(io.BytesIO(row["columns"]), allow_pickle=False) as columns:
+            shard = Shard(row["index"], row["start"], row["stop"])
+            yield shard, {name.removeprefix(PREFIX): columns[name] for name in columns}
+
+
+def _map_one(function: MapFunction, row: dict[str, Any]) -> dict[str, Any]:
+    # As bytes, because Ray converts arrays to other types and may split large blocks.
+    stream = io.BytesIO()
+    columns = function(Shard(**row))
+    np.savez(stream, allow_pickle=False, **{PREFIX + name: columns[name] for name in columns})
+    return {**row, "columns": stream.getvalue()}

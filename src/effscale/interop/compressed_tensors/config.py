@@ -12,8 +12,7 @@ from typing import Any
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.patterns import matcher
 from effscale.interop.tensors import FolderError
-from effscale.quant.formats import Format
-from effscale.quant.packing import stored_bits
+from effscale.quant.formats import Format, stored_bits
 
 METHOD = "compressed-tensors"
 INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"

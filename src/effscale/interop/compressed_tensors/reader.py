@@ -11,7 +11,7 @@ A code q represents ``(q - zero_point) * scale``. Everything else is stored as w
 
 A row of words is one stream of bits: with b bits per code, code i occupies the bits from i b on, starting with the
 lowest bits of the first word. The stored value is the code plus $2^{b-1}$, so that it is never negative, and zeros fill
-the last word of the row. Codes in memory differ (``effscale.quant.packing``). Supported are 2, 4 and 8 bits, which never
+the last word of the row. Codes in memory differ (``effscale.quant.qarrays``). Supported are 2, 4 and 8 bits, which never
 cross a byte boundary.
 """
 

@@ -7,7 +7,7 @@ import optax
 from effscale.interop.deepspeed.settings import IGNORED, Block, Key, read
 from effscale.optim.onebit_adam import onebit_adam
 from effscale.optim.onebit_lamb import onebit_lamb
-from effscale.optim.zero_one.adam import zero_one_adam
+from effscale.optim.zero_one_adam import zero_one_adam
 from effscale.options import checked
 from effscale.training.clipping import Clip
 

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 
 from effscale.interop.tensors import FolderError, ToOurs
-from effscale.quant.formats import Format
+from effscale.quant.formats import Format, pack, unpack
 from effscale.quant.packed import PackedWeight, check_packable, packed_of_arrays
-from effscale.quant.packing import pack, unpack
 from effscale.quant.quantizers import grouped_shape
 
 _pack = jax.jit(pack, static_argnums=1)

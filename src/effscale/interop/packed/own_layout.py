@@ -5,7 +5,7 @@ The folder is the same as without quantization, except for packed weights. Where
 holds packed weights (several if it holds query, key and value), the safetensors file has instead, for each of them,
 numbered i from 0:
 
-- ``NAME.i.data``: int8, the packed codes as stored in memory (see ``effscale.quant.packing``), in rows of outputs or
+- ``NAME.i.data``: int8, the packed codes as stored in memory (see ``effscale.quant.qarrays``), in rows of outputs or
   of a table; float8 values by their bits,
 - ``NAME.i.scale``, ``NAME.i.zero``, ``NAME.i.input_scale``, ``NAME.i.input_zero``: float32, as in
   ``effscale.quant.PackedWeight``, if the weight has them,
@@ -39,9 +39,8 @@ from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors, ToOurs
 from effscale.models import Transformer
-from effscale.quant.formats import Format
+from effscale.quant.formats import Format, stored_bits
 from effscale.quant.packed import PackedWeight, check_packable, packed_of_arrays
-from effscale.quant.packing import stored_bits
 from effscale.quant.quantizers import scale_shape
 
 LAYOUT = "effscale"

@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from effscale.training.checkpoint_files import step_folder
+from effscale.training.checkpoint_files import last_good, step_folder, superseded
 from effscale.training.manifest import write_manifest
-from effscale.training.retention import last_good, superseded
 
 
 def saved(folder, skipped_in_row):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.training.counter import Counter
+from effscale.training.state import Counter
 
 
 @given(st.integers(0, 2**63), st.lists(st.integers(0, 2**32 - 1), max_size=5))

@@ -1,1 +1,0 @@
-"""0/1 Adam: its policies, its update rules, and the optax transformation."""
