@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from effscale.training import ScheduleConfig
+from effscale.training.schedules import decayed
 
 Decay = Literal["linear", "cosine", "inverse_sqrt"]
 
@@ -81,18 +82,6 @@ def steps_then_tokens(
         _check(peak, warmup_steps, total_tokens, final)
         total_tokens = float(total_tokens)  # an integer might not fit into 32 bits
 
-    def decayed(tokens: jax.Array, origin: jax.Array) -> jax.Array:
-        if kind == "inverse_sqrt":
-            start = jnp.maximum(origin, 1.0)
-            value = jnp.maximum(peak * jnp.sqrt(start / jnp.maximum(tokens, start)), final)
-        else:
-            progress = (tokens - origin) / jnp.maximum(total_tokens - origin, 1.0)
-            progress = jnp.clip(progress, 0.0, 1.0)
-            cosine = kind == "cosine"
-            shape = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if cosine else 1.0 - progress
-            value = final + (peak - final) * shape
-        return jnp.where(tokens > total_tokens, final, value)
-
     def init(params: Any) -> StepsThenTokensState:
         del params
         return StepsThenTokensState(jnp.int32(0), jnp.float32(0), jnp.float32(0))
@@ -110,8 +99,9 @@ def steps_then_tokens(
             * state.count.astype(jnp.float32)
             / jnp.maximum(warmup_steps, 1).astype(jnp.float32)
         )
-        rate = jnp.where(state.count < warmup_steps, warmup, decayed(tokens, origin))
-        rate = rate.astype(jnp.float32)
+        later = decayed(kind, tokens, start=origin, total=total_tokens, peak=peak, final=final)
+        later = jnp.where(tokens > total_tokens, final, later)
+        rate = jnp.where(state.count < warmup_steps, warmup, later).astype(jnp.float32)
         updates = jax.tree.map(lambda u: u * -rate.astype(u.dtype), updates)
         return updates, StepsThenTokensState(state.count + 1, origin, rate)
 

@@ -78,28 +78,43 @@ class ScheduleConfig(Options):
 
     def build(self) -> Schedule:
         """Build the schedule. Its function accepts integers or floats, traced or not."""
-        warmup = float(self.warmup)  # billions of tokens do not fit into 32 bits
+        # Billions of tokens do not fit into 32 bits.
+        warmup, total = float(self.warmup), None if self.total is None else float(self.total)
 
         def value(count: Any) -> jax.Array:
             count = jnp.asarray(count, jnp.float32)
             rising = jnp.minimum(count / warmup, 1.0) if warmup else jnp.ones_like(count)
-            return jnp.where(count < warmup, self.peak * rising, self._decayed(count))
+            later = decayed(
+                self.kind, count, start=warmup, total=total, peak=self.peak, final=self.final
+            )
+            return jnp.where(count < warmup, self.peak * rising, later)
 
         return Schedule(value, self.unit)
 
-    def _decayed(self, count: jax.Array) -> jax.Array:
-        if self.kind == "constant":
-            return jnp.full_like(count, self.peak)
-        if self.kind == "inverse_sqrt":
-            start = float(max(self.warmup, 1))
-            return jnp.maximum(self.peak * jnp.sqrt(start / jnp.maximum(count, start)), self.final)
-        assert self.total is not None
-        warmup, total = float(self.warmup), float(self.total)
-        progress = jnp.clip((count - warmup) / (total - warmup), 0.0, 1.0)
-        shape = (
-            1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        )
-        return self.final + (self.peak - self.final) * shape
+
+def decayed(
+    kind: Kind,
+    count: jax.Array,
+    *,
+    start: float | jax.Array,
+    total: float | jax.Array | None,
+    peak: float | jax.Array,
+    final: float | jax.Array,
+) -> jax.Array:
+    """Return the value of a decay that begins at the count ``start`` and ends at ``total``, as in ``ScheduleConfig``.
+
+    >>> float(decayed("linear", jnp.float32(15), start=10.0, total=20.0, peak=1.0, final=0.5))
+    0.75
+    """
+    if kind == "constant":
+        return jnp.full_like(count, peak)
+    if kind == "inverse_sqrt":
+        start = jnp.maximum(start, 1.0)
+        return jnp.maximum(peak * jnp.sqrt(start / jnp.maximum(count, start)), final)
+    assert total is not None
+    progress = jnp.clip((count - start) / jnp.maximum(total - start, 1.0), 0.0, 1.0)
+    shape = 1.0 - progress if kind == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return final + (peak - final) * shape
 
 
 def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None) -> Schedule:
