@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 HOPPER_CAPABILITY = "9.0"
+_SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 
 
 class Unsupported(NotImplementedError):
@@ -54,6 +55,12 @@ def partitioned() -> str | None:
             "jax.shard_map over all of them"
         )
     return None
+
+
+def small_vmem() -> str | None:
+    """Return why kernels with large tiles cannot be used on the TPU of this process, or None; v5e and later have 64 MiB of VMEM or more."""
+    kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+    return f"{kind} has too little VMEM" if kind.startswith(_SMALL_VMEM) else None
 
 
 def mesh_platform() -> str | None:

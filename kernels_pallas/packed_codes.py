@@ -6,12 +6,16 @@ first plane in its lowest bits. Codes are two's complement, except for one bit: 
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from kernels_pallas import dispatch
 
 BITS = (1, 2, 4, 8)
+# The compiler of TPU kernels gets what the budget of their tiles leaves of the limit.
+VMEM_LIMIT = 56 * 2**20
+VMEM_BUDGET = 40 * 2**20
 
 
 def check_codes(x: Any, weight: Any, bits: int) -> None:
@@ -78,6 +82,23 @@ def unpack_words(words: Int32[Array, "*shape"], bits: int) -> list[Int32[Array, 
         # With the highest bit of each byte set, nothing is borrowed from the next byte.
         planes.append(((above | sign) - half) ^ sign)
     return planes
+
+
+def planes_of_tile(packed: Int8[Array, "outputs bytes"], bits: int) -> list[Any]:
+    """Return the planes of codes of a tile in the memory of a TPU, as int8, in a kernel."""
+    from jax.experimental.pallas import tpu as pltpu  # the other platforms do not need it
+
+    if bits == 8:
+        return [packed]
+    words = pltpu.bitcast(packed, jnp.int32)
+    return [pltpu.bitcast(plane, jnp.int8) for plane in unpack_words(words, bits)]
+
+
+def inputs_of_planes(
+    x: Float[Array, "rows d_in"], weight: Int8[Array, "d_out bytes"]
+) -> Float[Array, "planes rows bytes"]:
+    """Return the inputs of each plane of a weight, each beginning at a whole register."""
+    return x.reshape(x.shape[0], -1, weight.shape[1]).transpose(1, 0, 2)
 
 
 def _bytes(value: int) -> np.int32:

@@ -21,12 +21,12 @@ Two kernels iterate over the same tiles of [tokens, vocab] logits.
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import dispatch
 from kernels_pallas.cross_entropy.chunked import Gradients
 from kernels_pallas.cross_entropy.tpu_kernels import LOWEST, forward_kernel, weight_kernel
 from kernels_pallas.manual_axes import result_type, varying_axes
@@ -35,16 +35,13 @@ from kernels_pallas.manual_axes import result_type, varying_axes
 # the limit.
 _VMEM_LIMIT = 56 * 2**20
 _VMEM_BUDGET = 40 * 2**20
-_TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
 _LANES = 128
 
 
 def why_not(hidden: Any, vocab_weight: Any) -> str | None:
     """Return why the kernels do not support these operands, or None."""
-    if jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind
-        if kind.startswith(_TOO_OLD):
-            return f"{kind} has too little VMEM"
+    if reason := dispatch.small_vmem():
+        return reason
     if tiles(_padded(hidden.shape[1]), hidden.dtype.itemsize) is None:
         return f"d={hidden.shape[1]} in {hidden.dtype} leaves no room for a 128 x 128 tile in VMEM"
     return None

@@ -15,23 +15,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8
 
+from kernels_pallas import dispatch
 from kernels_pallas.manual_axes import result_type, varying_axes
-from kernels_pallas.packed_codes import unpack_words
+from kernels_pallas.packed_codes import VMEM_BUDGET, VMEM_LIMIT, inputs_of_planes, planes_of_tile
 from kernels_pallas.quantized_matmul.reference import finish
 
-_VMEM_LIMIT = 56 * 2**20
-_VMEM_BUDGET = 40 * 2**20
-_TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
 _LANES = 128
 MAX_ROWS = 128
 
 
 def why_not(x: Any, weight: Any, groups: int, bits: int) -> str | None:
     """Return why the kernel does not support these operands, or None."""
-    if jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind
-        if kind.startswith(_TOO_OLD):
-            return f"{kind} has too little VMEM"
+    if reason := dispatch.small_vmem():
+        return reason
     (rows, d_in), width = x.shape, weight.shape[1]
     if rows > MAX_ROWS:
         return f"x has {rows} rows, and the kernel supports at most {MAX_ROWS}"
@@ -57,7 +53,7 @@ def _outputs(rows: int, width: int, groups: int, bits: int, itemsize: int) -> in
         codes = outputs * chunk * (4 + 2 * planes + 2 * (4 + itemsize))  # words, codes, floats
         scales = 2 * 2 * 4 * outputs * groups
         results = 4 * 4 * shares * padded * outputs
-        if inputs + weights + codes + scales + results <= _VMEM_BUDGET:
+        if inputs + weights + codes + scales + results <= VMEM_BUDGET:
             return outputs
     return None
 
@@ -85,12 +81,7 @@ def _kernel(
 
     def some_bytes(step, total):
         where = pl.ds(pl.multiple_of(step * chunk, _LANES), chunk)
-        packed = weight_ref[:, where]
-        parts = [packed]
-        if bits < 8:
-            words = pltpu.bitcast(packed, jnp.int32)
-            parts = [pltpu.bitcast(plane, jnp.int8) for plane in unpack_words(words, bits)]
-        for plane, codes in enumerate(parts):
+        for plane, codes in enumerate(planes_of_tile(weight_ref[:, where], bits)):
             inputs = _shared_out(x_ref[plane, :, where], size, shares, width - step * chunk)
             products = jax.lax.dot_general(
                 inputs.astype(dtype),
@@ -170,7 +161,7 @@ def packed_matmul(
         out_specs=pl.BlockSpec((padded, outputs), lambda j: (0, j)),
         out_shape=result_type((rows, d_out), x.dtype, varying_axes(x, weight, scale, zero, bias)),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_LIMIT
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * shares * x.size * d_out,
@@ -181,8 +172,7 @@ def packed_matmul(
         ),
         interpret=interpret,
     )(
-        # The inputs of each plane begin at a whole register.
-        x.reshape(rows, planes, width).transpose(1, 0, 2),
+        inputs_of_planes(x, weight),
         weight,
         scale,
         *zeros,

@@ -14,14 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Int32
 
+from kernels_pallas import dispatch
 from kernels_pallas.manual_axes import result_type, varying_axes
-from kernels_pallas.packed_codes import unpack_words
+from kernels_pallas.packed_codes import VMEM_BUDGET, VMEM_LIMIT, inputs_of_planes, planes_of_tile
 from kernels_pallas.quantized_matmul.reference import encode, finish, range_scale, symmetric_scale
 
-# v5e and later generations have at least 64 MiB of VMEM; the compiler gets what the budget leaves of the limit.
-_VMEM_LIMIT = 56 * 2**20
-_VMEM_BUDGET = 40 * 2**20
-_TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
 _LANES = 128
 # Number of rows that are quantized at a time: the sublanes of a register of bytes.
 _CHUNK = 32
@@ -30,10 +27,8 @@ _CHUNK = 32
 def why_not(x: Any, weight: Any, bits: int) -> str | None:
     """Return why the kernel does not support these operands, or None."""
     del weight
-    if jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind
-        if kind.startswith(_TOO_OLD):
-            return f"{kind} has too little VMEM"
+    if reason := dispatch.small_vmem():
+        return reason
     if tiles(x.shape[1], bits, x.dtype.itemsize) is None:
         return f"d_in={x.shape[1]} leaves no room for a tile in VMEM"
     return None
@@ -49,7 +44,7 @@ def tiles(d_in: int, bits: int, itemsize: int) -> tuple[int, int] | None:
             floats = 3 * 4 * planes * wide * _CHUNK  # while the codes are computed
             weights = wide * outputs * (2 if bits == 8 else 2 + 3 * planes)  # words and planes
             results = rows * outputs * (2 * itemsize + 3 * 4)
-            if inputs + floats + weights + results <= _VMEM_BUDGET:
+            if inputs + floats + weights + results <= VMEM_BUDGET:
                 return rows, outputs
     return None
 
@@ -97,10 +92,6 @@ def _kernel(
     def _():
         _quantize(x_ref, codes_ref, scales_ref, zeros_ref, width)
 
-    planes = [weight_ref[...]]
-    if bits < 8:
-        words = pltpu.bitcast(weight_ref[...], jnp.int32)
-        planes = [pltpu.bitcast(plane, jnp.int8) for plane in unpack_words(words, bits)]
     # Codes past the end are multiplied by zero inputs.
     parts = [
         jax.lax.dot_general(
@@ -109,7 +100,7 @@ def _kernel(
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.int32,
         )
-        for plane, codes in enumerate(planes)
+        for plane, codes in enumerate(planes_of_tile(weight_ref[...], bits))
     ]
     sums = sum(parts[1:], start=parts[0])
     y = sums.astype(jnp.float32) * scales_ref[...]
@@ -150,8 +141,6 @@ def quantized_matmul(
     row = pl.BlockSpec((1, block_outputs), lambda i, j: (0, j))
     vectors = jax.tree.map(lambda a: a[None], _Vectors(scale, bias, code_sums))
     of_rows = pltpu.VMEM((block_rows, 1), jnp.float32)
-    # The inputs of each plane begin at a whole register.
-    inputs = x.reshape(rows, planes, width).transpose(1, 0, 2)
     return pl.pallas_call(
         functools.partial(_kernel, bits=bits, width=width, activation=activation),
         grid=grid,
@@ -168,7 +157,7 @@ def quantized_matmul(
             None if code_sums is None else of_rows,
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * d_in * d_out,
@@ -176,4 +165,4 @@ def quantized_matmul(
             bytes_accessed=(x.size + rows * d_out) * x.dtype.itemsize + grid[0] * weight.size,
         ),
         interpret=interpret,
-    )(inputs, weight, vectors)
+    )(inputs_of_planes(x, weight), weight, vectors)

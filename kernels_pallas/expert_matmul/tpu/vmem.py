@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import jax
 from jax.experimental import pallas as pl
+
+from kernels_pallas import dispatch
 
 LIMIT = 56 * 2**20
 """v5e and later generations have at least 64 MiB."""
 _BUDGET = 44 * 2**20
-_TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
 LARGEST_TILE = 128
 """Rows per tile: loading a weight takes a matrix unit as long as multiplying this many rows."""
 _SMALLEST_TILE = 16
@@ -56,10 +56,8 @@ def _most(fixed: int, rest: Any) -> int | None:
 
 def why_not(rows: int, dtype: Any, outputs: int | None) -> str | None:
     """Return why the kernels do not support this many rows and outputs per tile, or None."""
-    if jax.default_backend() == "tpu":
-        kind = jax.devices()[0].device_kind
-        if kind.startswith(_TOO_OLD):
-            return f"{kind} has too little VMEM"
+    if reason := dispatch.small_vmem():
+        return reason
     if dtype not in ("float32", "bfloat16"):
         return f"operands are {dtype}, and the kernel supports float32 and bfloat16"
     if outputs is None:
