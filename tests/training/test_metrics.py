@@ -13,6 +13,7 @@ from rich.console import Console
 from effscale.atomic import DiskFullError
 from effscale.training import ConsoleWriter, JsonlWriter, MultiWriter, TensorBoardWriter, read_jsonl
 from effscale.training.metrics import MetricsWriter
+from effscale.training.plotting import drawn
 
 
 def test_lines_survive_and_a_half_written_one_does_not(tmp_path):
@@ -73,6 +74,22 @@ def test_a_full_disk_is_named(tmp_path):
         writer.write(1, {"loss": 1.0})
     with contextlib.suppress(OSError):
         writer._file.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_named_by_events_and_figures(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    records = writer._writer._py_recordio_writer
+    records._writer.close()
+    records._writer = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(DiskFullError, match="the disk is full"):
+        writer.write(1, {"loss": 1.0})
+    with contextlib.suppress(OSError):
+        records._writer.close()
+    full = tmp_path / "loss.png"
+    full.symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=r"the disk is full .*loss\.png"), drawn(full):
+        pass
 
 
 def test_speed_is_kept_apart_and_values_without_a_number_are_null(tmp_path):

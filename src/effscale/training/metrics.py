@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol, runtime_checkable
 
@@ -179,28 +180,53 @@ class TensorBoardWriter:
     Args:
         folder: The folder for the event files.
         resume_step: The step from which the run continues; TensorBoard hides later events of earlier files.
+
+    Raises:
+        DiskFullError: The disk is full; by all methods.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None):
         require("TensorBoard events", "tensorboardX")
-        from tensorboardX import SummaryWriter  # slow to import
+        # Slow to import. Not `SummaryWriter`: its thread dies on a full disk, and then its queue blocks forever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import (
+            Event,  # pyrefly: ignore[missing-module-attribute] made at run time by protobuf
+            SessionLog,  # pyrefly: ignore[missing-module-attribute] made at run time by protobuf
+        )
+        from tensorboardX.summary import scalar
 
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=30)
+        self._event, self._scalar, self._folder = Event, scalar, folder
+        self._next_flush = 0.0
+        with full_disk_errors(folder):
+            self._writer = EventsWriter(str(output_folder(local_path(folder)) / "events"))
+            if resume_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(
+                    Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
+                )
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
         """Add each value as a scalar."""
-        for metric, value in plain({**values, **(timing or {})}).items():
-            for name, entry in _entries(metric, value):
-                self._writer.add_scalar(name, entry, step)
+        with full_disk_errors(self._folder):
+            for metric, value in plain({**values, **(timing or {})}).items():
+                for name, entry in _entries(metric, value):
+                    summary = self._scalar(name, entry)
+                    self._writer.write_event(
+                        self._event(wall_time=time.time(), step=step, summary=summary)
+                    )
+            if time.monotonic() >= self._next_flush:  # not each time: it waits for the disk
+                self._writer.flush()
+                self._next_flush = time.monotonic() + 30
 
     def flush(self) -> None:
         """Write the events to disk."""
-        self._writer.flush()
+        with full_disk_errors(self._folder):
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        with full_disk_errors(self._folder):
+            self._writer.close()
 
 
 def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from effscale.atomic import full_disk_errors
 from effscale.extras import require
 from effscale.training.metrics import read_jsonl
 
@@ -163,7 +164,8 @@ def drawn(path: pathlib.Path, **options: Any) -> Iterator[Any]:
         figure, axes = plt.subplots(**options)
         yield axes
         figure.tight_layout()
-        figure.savefig(path)
+        with full_disk_errors(path):
+            figure.savefig(path)
         plt.close(figure)
 
 
