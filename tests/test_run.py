@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
+from effscale.ltd import RandomLTD, mslg
 from effscale.models import gpt2
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig
@@ -23,6 +24,7 @@ from effscale.training import (
     Loss,
     Stages,
     TrainingDivergedError,
+    next_token_loss,
     read_jsonl,
 )
 from effscale.training.errors import StoppedBySignal
@@ -151,6 +153,44 @@ def test_workers_on_one_device_train_as_on_a_mesh(tmp_path):
     np.testing.assert_allclose(one.metrics["loss"], four.metrics["loss"], rtol=1e-5)
     with pytest.raises(ValueError, match=r"Run.mesh must be a mesh with the axis 'data'"):
         run(Workers("data"), None)
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["curriculum", "random-LTD"])
+def test_workers_whose_batches_change_shape(drops, tmp_path):
+    """The first loss is the mean over workers, which drop tokens of their own; the next ones are those of two devices. With
+    random-LTD there are no two devices: in a `jax.shard_map` workers draw other tokens than simulated ones."""
+    pacing = mslg(min_value=2, max_value=6, require_steps=3, seq_per_step=4)
+    ltd = RandomLTD(pacing=pacing, layers=(0,))
+    cut = lambda batch, length: {name: x[:, :length] for name, x in batch.items()}
+    changes = Changes(Stages((0, 3), (2, 6)), ltd.shape_batch if drops else cut)
+    loss = ltd.loss(next_token_loss) if drops else next_token_loss
+    tokens = np.random.default_rng(0).integers(0, 17, (6, 4, 7)).astype(np.int32)
+    data = [{"input_ids": x[:, :-1], "labels": x[:, 1:]} for x in tokens]
+
+    def fit(place, workers, mesh):
+        optimizer = onebit_adam(1e-3, freeze_step=2, workers=workers)
+        options = {"loss": loss, "data": data, "num_steps": 4, "changes": changes}
+        run = Run(model=GPT, optimizer=optimizer, workers=workers, mesh=mesh, **options)
+        run.fit(tmp_path / place, quiet=True)
+        return [record["loss"] for record in read_jsonl(tmp_path / place / "metrics.jsonl")]
+
+    one = fit("one", Workers("data", num_workers=2), None)
+    assert one[-1] < one[0]
+    if not drops:
+        two = fit("two", Workers("data"), MeshConfig(data=2).build(jax.devices()[:2]))
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+
+    state = Run(model=GPT, loss=loss, optimizer=optax.adam(1e-2), num_steps=1).create(0)
+    first = changes.shape_batch(data[0], 2)
+    part = lambda rows: {
+        name: jnp.asarray(x[rows]) if hasattr(x, "shape") else x for name, x in first.items()
+    }
+    of_worker = lambda worker: loss(
+        state.model,
+        part(slice(2 * worker, 2 * worker + 2)),
+        jax.random.fold_in(jax.random.fold_in(state.key, 0), worker),
+    ).mean()
+    np.testing.assert_allclose(one[0], (of_worker(0) + of_worker(1)) / 2, rtol=1e-5)
 
 
 def test_it_lowers_without_data_or_arrays():
