@@ -1,5 +1,6 @@
 """The experiment ``bloom`` on a folder of a user's own: what it leaves, a stop in each run, several processes, and what goes wrong."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from effscale.experiments.bloom import PRESETS, Config, runs
+from effscale.experiments.bloom.config import CleaningConfig
+from effscale.experiments.bloom.corpus import prepare
 from effscale.experiments.bloom.experiment import main
 from effscale.experiments.bloom.tasks import Cell, Tasks
 from effscale.interop import load_pretrained
@@ -231,6 +234,15 @@ def test_examples_of_a_sorted_file_are_mixed_and_any_unicode_is_read(options, tm
     read = Tasks(config).examples(Cell("unseen", "aa", "new task"), "test")
     assert {example["label"] for example in read[:16]} == {"day", "night"}
     assert sorted(e["text"] for e in read) == sorted(f"a\u2028{i}" for i in range(40))
+
+
+def test_the_tokenizer_learns_from_a_sample_of_each_language(options, tmp_path):
+    """A sample of a few words has fewer pairs to merge."""
+    data, tasks = (pathlib.Path(options[options.index(name) + 1]) for name in ("--data", "--tasks"))
+    cleaning = CleaningConfig(max_character_repetition=1.0, near_duplicates=None)
+    config = Config(data=data, tasks=tasks, languages=("aa", "cc"), new_languages=("cc",), new_tasks=("unseen",), code=0.0, cleaning=cleaning, vocab_size=330, validation_fraction=0.2, cache=tmp_path)  # fmt: skip
+    words = lambda config: prepare(config).tokenizer.get_vocab_size()
+    assert words(dataclasses.replace(config, tokenizer_characters=20)) < words(config)
 
 
 def test_examples_without_a_field_are_refused_before_anything_is_trained(

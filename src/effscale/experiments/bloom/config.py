@@ -9,7 +9,7 @@ from effscale.command.folder import OUTPUT
 from effscale.experiments.shared.config_parts import TextPart
 from effscale.models import TransformerConfig, bloom
 from effscale.models.config import Remat
-from effscale.options import check, is_finite
+from effscale.options import PositiveInt, check, is_finite
 from effscale.parallel import MeshConfig
 from effscale.training import ScheduleConfig, Stages, batch_ramp
 
@@ -211,6 +211,8 @@ class Config(TextPart):
     tokenizer: pathlib.Path | None = None
     """A tokenizer.json or its folder, to use instead of training a tokenizer on the corpus."""
     vocab_size: int = 4096
+    tokenizer_characters: PositiveInt = 4 << 20
+    """Maximum number of characters of each language, sampled from its training text, that the tokenizer is trained on."""
     length: int = 128
     """Sequence length: tokens per row."""
     cleaning: CleaningConfig = CleaningConfig()

@@ -36,8 +36,6 @@ from effscale.experiments.bloom.messages import InterfaceText
 from effscale.locks import locked
 from effscale.user_cache import cache_folder
 
-SAMPLE_CHARACTERS = 4 << 20
-"""Maximum number of characters of each language that a tokenizer is trained on."""
 FERTILITY_TOKENS = 1 << 20
 """Number of held-out tokens per component for measuring fertility."""
 
@@ -172,12 +170,14 @@ class _Tokenizers:
     ):
         self._components, self._splits = components, splits
         self._vocab_size, self._code, self._cache = config.vocab_size, config.code, cache
+        self._characters = config.tokenizer_characters
         self._samples: dict[str, list[str]] = {}
 
     def __call__(self, names: Sequence[str]) -> tokenizers.Tokenizer:
         key = request_key(
             {
-                "version": 2,
+                "version": 3,
+                "characters": self._characters,
                 "code": self._code if len(names) > 1 else None,
                 "sources": [self._components[name].fingerprint() for name in names],
                 "fractions": dict(self._splits.fractions),
@@ -210,7 +210,7 @@ class _Tokenizers:
 
     def _sample(self, name: str) -> list[str]:
         if name not in self._samples:  # used by two tokenizers
-            texts = sample_texts(self._training(name), max_characters=SAMPLE_CHARACTERS)
+            texts = sample_texts(self._training(name), max_characters=self._characters)
             self._samples[name] = texts
         return self._samples[name]
 
