@@ -1,6 +1,7 @@
 """Every function that writes takes its path through ``effscale.paths``."""
 
 import os
+import pathlib
 
 import pytest
 import tokenizers
@@ -31,6 +32,8 @@ def test_a_bucket_does_not_become_a_local_folder(writer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="'gs://bucket/a' must be a local path"):
         writer("gs://bucket/a")
+    with pytest.raises(ValueError, match="'gs://bucket/a' must be a local path"):
+        writer(pathlib.Path("gs://bucket/a"))  # as the command line gives it
     assert os.listdir(tmp_path) == []
 
 

@@ -26,8 +26,9 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     ValueError: 'gs://bucket/run' must be a local path: only the checkpoints and the mirror (mirror=) of a run are written to buckets. Use a local folder, and copy it or mount the bucket.
     """
     if is_url(os.fspath(path)):
+        url = re.sub(":/+", "://", os.fspath(path), count=1)  # pathlib leaves one slash
         raise ValueError(
-            f"{os.fspath(path)!r} must be a local path: only the checkpoints and the mirror (mirror=) of a run are written to "
+            f"{url!r} must be a local path: only the checkpoints and the mirror (mirror=) of a run are written to "
             "buckets. Use a local folder, and copy it or mount the bucket."
         )
     try:
