@@ -137,7 +137,6 @@ def test_a_run_that_diverges_counts_with_what_was_best_before(tmp_path, monkeypa
 
     def diverge(folder, name, *given, **options):
         metrics = [{"step": 7, "dev_accuracy": 0.25}, {"step": 14, "dev_accuracy": 0.5}]
-        (folder.path / name).mkdir(parents=True)
         lines = "".join(json.dumps(each) + "\n" for each in metrics if "0.001" not in name)
         (folder.path / name / "metrics.jsonl").write_text(lines)
         raise TrainingDivergedError(20, 10, None, "")
