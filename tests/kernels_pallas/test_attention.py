@@ -19,6 +19,7 @@ from kernels_pallas import aot
 from kernels_pallas.attention import Alibi, api, gpu, tpu
 from kernels_pallas.attention.alibi import MAX_POSITION, with_features
 from kernels_pallas.dispatch import Unsupported
+from tests.kernels_pallas.support import named
 
 TINY = Shape(name="tiny", batch=2, heads=4, kv_heads=2, seq=128, head_dim=8, dtype="float32")
 
@@ -74,7 +75,7 @@ def test_the_reference_is_the_formula(getkey):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", with_tag("test"), ids=lambda shape: shape.name)
+@named(with_tag("test"))
 def test_splash_in_the_interpreter(shape, interpreted, getkey):
     """Values and gradients; in bfloat16 it is as near to float32 as the reference in bfloat16 is."""
     operands = shape.operands(getkey())

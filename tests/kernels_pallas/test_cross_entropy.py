@@ -15,6 +15,7 @@ from kernels_pallas.cross_entropy.api import IMPLEMENTATIONS, check_operands
 from kernels_pallas.cross_entropy.chunked import chunk_size, chunked_loss_and_gradients
 from kernels_pallas.dispatch import check_name
 from tests.kernels_pallas.cross_entropy_oracle import assert_close, oracle, run
+from tests.kernels_pallas.support import named
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
@@ -32,7 +33,7 @@ def op(implementation=None, z_loss=0.0):
     )
 
 
-@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+@named(SMALL)
 @pytest.mark.parametrize("implementation", ["reference", "chunked", None])
 @pytest.mark.parametrize(("z_loss", "with_bias"), [(0.0, False), (0.02, True)])
 def test_values_and_gradients(shape, implementation, z_loss, with_bias, getkey):

@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh, AxisType
 
 import kernels_pallas
 from benchmarks.kernels.cross_entropy import SHAPES, Shape, with_tag
 from kernels_pallas.cross_entropy import gpu, tpu
 from kernels_pallas.dispatch import Unsupported
 from tests.kernels_pallas.cross_entropy_oracle import Oracle, assert_close, oracle
+from tests.kernels_pallas.support import A100, H100, lowered_for, named, needs_gpu_interpreter
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
-needs_gpu_interpreter = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; jax 0.12 has",
-)
 
 
 def run_kernel(function, operands, z_loss, with_bias, **options):
@@ -42,7 +38,7 @@ def check(function, shape, key, z_loss, with_bias, **options):
     return expected
 
 
-@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+@named(SMALL)
 @pytest.mark.parametrize(("z_loss", "with_bias"), [(0.0, False), (0.02, True)])
 def test_tpu_kernels(shape, z_loss, with_bias, getkey):
     check(tpu.tpu_loss_and_gradients, shape, getkey(), z_loss, with_bias, interpret=True)
@@ -88,7 +84,7 @@ def test_tpu_tiles_shrink_with_the_width():
 
 
 @needs_gpu_interpreter
-@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+@named(SMALL)
 def test_gpu_kernel(shape, getkey):
     interpret = plgpu.InterpretGPUParams()
     for z_loss, with_bias in ((0.0, False), (0.02, True)):
@@ -101,41 +97,26 @@ def test_gpu_loss_alone(getkey):
     np.testing.assert_allclose(loss, oracle(operands, 0.02).loss, rtol=2e-6)
 
 
-def lowered_for(platform, implementation=None, shape="odd", device_kind=None):
-    operands = BY_NAME[shape].abstract()
-
+def program(platform, implementation=None, device_kind=None):
     def loss(hidden, weight, bias, labels, weights):
         return kernels_pallas.cross_entropy(
             hidden, weight, labels, weights=weights, bias=bias, implementation=implementation
         )
 
-    def lower():
-        traced = jax.jit(jax.grad(loss, (0, 1))).trace(*operands)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
-
-    if device_kind is None:
-        return lower()
-    device = jax.sharding.AbstractDevice(device_kind, None, platform)
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return lower()
+    operands = BY_NAME["odd"].abstract()
+    return lowered_for(platform, jax.grad(loss, (0, 1)), operands, device_kind)
 
 
 def test_each_platform_gets_its_own_kernels_from_one_host():
-    assert "custom_call" not in lowered_for("cpu")
-    assert "tpu_custom_call" in lowered_for("tpu")
-    assert "mosaic_gpu" in lowered_for("cuda", device_kind="NVIDIA H100 80GB HBM3")
-
-
-def test_a_gpu_that_is_not_hopper_gets_the_chunked_form():
-    assert "mosaic_gpu" not in lowered_for("cuda")
-    assert "mosaic_gpu" not in lowered_for("cuda", device_kind="NVIDIA A100-SXM4-80GB")
-
-
-def test_a_name_is_taken_at_its_word():
-    assert "tpu_custom_call" not in lowered_for("tpu", implementation="chunked")
+    """GPUs before Hopper get the chunked form, and a name is taken at its word."""
+    assert "custom_call" not in program("cpu")
+    assert "tpu_custom_call" in program("tpu")
+    assert "tpu_custom_call" not in program("tpu", implementation="chunked")
+    assert "mosaic_gpu" in program("cuda", device_kind=H100)
+    for other in (None, A100):
+        assert "mosaic_gpu" not in program("cuda", device_kind=other)
     with pytest.raises(ValueError, match="interpret mode"):
-        lowered_for("cpu", implementation="tpu")
+        program("cpu", implementation="tpu")
 
 
 def test_a_named_kernel_that_cannot_serve_says_why():

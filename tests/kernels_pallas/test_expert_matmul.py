@@ -17,12 +17,11 @@ from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.expert_matmul import api, gather_matmul, reference, sort_rows
 from kernels_pallas.expert_matmul.tpu import gather, rows, scatter, vmem
 from kernels_pallas.expert_matmul.tpu.steps import make_steps
-from tests.kernels_pallas.packed_oracle import H100, lowered_for
+from tests.kernels_pallas.support import H100, lowered_for, named
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
 list_steps = jax.jit(functools.partial(make_steps, interpret=True), static_argnums=(1, 2))
-named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
 
 
 def slow(o):

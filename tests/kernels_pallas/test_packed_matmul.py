@@ -12,17 +12,17 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.kernels.packed_matmul import SHAPES, Shape, with_tag
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.packed_matmul import gpu, packed_matmul, tpu
-from tests.kernels_pallas.packed_oracle import (
+from tests.kernels_pallas.support import (
     A100,
     H100,
     codes_of,
     lowered_for,
+    named,
     needs_gpu_interpreter,
 )
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
-named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
 
 
 def oracle(shape, operands):

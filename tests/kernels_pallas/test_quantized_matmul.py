@@ -17,17 +17,17 @@ from benchmarks.kernels.quantized_matmul import SHAPES, Shape, with_tag
 from kernels_pallas import packed_codes
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.quantized_matmul import gpu, quantized_matmul, reference, tpu
-from tests.kernels_pallas.packed_oracle import (
+from tests.kernels_pallas.support import (
     A100,
     H100,
     codes_of,
     lowered_for,
+    named,
     needs_gpu_interpreter,
 )
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
-named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
 
 
 @given(bits=st.sampled_from(packed_codes.BITS), seed=st.integers(0, 1000))

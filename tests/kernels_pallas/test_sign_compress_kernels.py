@@ -8,21 +8,17 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.kernels.sign_compress import SHAPES, Shape, with_tag
 from kernels_pallas import sign_compress
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.sign_compress import gpu, reference, tpu
+from tests.kernels_pallas.support import A100, H100, lowered_for, named, needs_gpu_interpreter
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
-needs_gpu_interpreter = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; jax 0.12 has",
-)
-named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
 
 
 def check(found, expected):
@@ -126,9 +122,8 @@ def test_gpu_kernels(shape, getkey):
     check(both(gpu, shape, key, interpret=interpret), both(reference, shape, key))
 
 
-def lowered_for(platform, name="tiles", implementation=None, device_kind=None):
+def program(platform, name="tiles", implementation=None, device_kind=None):
     shape = BY_NAME[name]
-    compressed, averaged = shape.abstract()
 
     def run(compressed, averaged):
         return (
@@ -136,30 +131,19 @@ def lowered_for(platform, name="tiles", implementation=None, device_kind=None):
             sign_compress.average(*averaged, implementation=implementation),
         )
 
-    def lower():
-        traced = jax.jit(run).trace(compressed, averaged)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
-
-    if device_kind is None:
-        return lower()
-    device = jax.sharding.AbstractDevice(device_kind, None, platform)
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return lower()
+    return lowered_for(platform, run, shape.abstract(), device_kind)
 
 
 def test_each_platform_gets_its_own_kernels_from_one_host():
-    assert "custom_call" not in lowered_for("cpu")
-    assert lowered_for("tpu").count("@tpu_custom_call") == 2
-    assert "mosaic_gpu" in lowered_for("cuda", device_kind="NVIDIA H100 80GB HBM3")
-    assert "mosaic_gpu" not in lowered_for("cuda", device_kind="NVIDIA A100-SXM4-80GB")
-    assert "mosaic_gpu" not in lowered_for("cuda", "tiny", device_kind="NVIDIA H100 80GB HBM3")
-
-
-def test_a_name_is_taken_at_its_word():
-    assert "tpu_custom_call" not in lowered_for("tpu", implementation="reference")
+    """Where they serve; and a name is taken at its word."""
+    assert "custom_call" not in program("cpu")
+    assert program("tpu").count("@tpu_custom_call") == 2
+    assert "tpu_custom_call" not in program("tpu", implementation="reference")
+    assert "mosaic_gpu" in program("cuda", device_kind=H100)
+    assert "mosaic_gpu" not in program("cuda", device_kind=A100)
+    assert "mosaic_gpu" not in program("cuda", "tiny", device_kind=H100)
     with pytest.raises(ValueError, match="interpret mode"):
-        lowered_for("cpu", implementation="tpu")
+        program("cpu", implementation="tpu")
 
 
 def test_a_named_kernel_that_cannot_serve_says_why():
@@ -170,11 +154,11 @@ def test_a_named_kernel_that_cannot_serve_says_why():
             *many.abstract()[0],
         )
     with pytest.raises(Unsupported, match="'gpu' is not supported here: rows have 1300 bytes"):
-        lowered_for("cuda", "edges", implementation="gpu")
+        program("cuda", "edges", implementation="gpu")
     with pytest.raises(
         Unsupported, match="rows have 4 bytes of signs, and the kernel needs at least 512"
     ):
-        lowered_for("cuda", "tiny", implementation="gpu")
+        program("cuda", "tiny", implementation="gpu")
 
 
 def test_bytes_moved_are_those_of_the_operands_and_results():

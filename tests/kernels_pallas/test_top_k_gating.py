@@ -11,11 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.kernels.top_k_gating import SHAPES, Shape, with_tag
 from kernels_pallas.dispatch import Unsupported, check_name
 from kernels_pallas.top_k_gating import Gating, api, reference, top_k_gating, tpu
-from tests.kernels_pallas.packed_oracle import H100, lowered_for
+from tests.kernels_pallas.support import H100, lowered_for, named
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
-named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
 
 
 def slow(logits, used, k, normalize):

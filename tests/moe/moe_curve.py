@@ -1,8 +1,6 @@
 """The loss curve of a tiny GPT with experts on one mesh; imported by the tests and run in several processes."""
 
-import importlib.util
 import json
-import pathlib
 import sys
 
 import numpy as np
@@ -10,12 +8,7 @@ import numpy as np
 from effscale.models import MLPConfig, gpt2
 from effscale.moe import MoEConfig, RouterConfig, with_experts
 from effscale.parallel import Exchange, MeshConfig, initialize
-
-_spec = importlib.util.spec_from_file_location(
-    "gpt_curve", pathlib.Path(__file__).parents[1] / "training" / "gpt_curve.py"
-)
-gpt_curve = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gpt_curve)
+from tests.training import gpt_curve
 
 VOCAB, LENGTH, BATCH, STEPS = 64, 16, 16, 9
 DENSE = gpt2(num_layers=2, d_model=16, num_heads=4, vocab_size=VOCAB, max_length=LENGTH)

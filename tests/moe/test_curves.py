@@ -1,9 +1,6 @@
 """The loss curve of a model with experts is the same wherever its experts are, and goes on from a checkpoint on another mesh."""
 
-import importlib.util
 import json
-import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -14,32 +11,19 @@ from effscale.models import Transformer
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import Exchange, MeshConfig, per_worker, shard_batch, shardings
 from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
-from tests.parallel.local_launch import free_port, launch_local
-
-SCRIPT = pathlib.Path(__file__).with_name("moe_curve.py")
-
-
-@pytest.fixture(scope="module")
-def moe_curve():
-    spec = importlib.util.spec_from_file_location("moe_curve", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.moe import moe_curve
+from tests.moe.moe_curve import curve
+from tests.parallel.local_launch import json_of_each
 
 
 @pytest.fixture(scope="module")
-def curve(moe_curve):
-    return moe_curve.curve
-
-
-@pytest.fixture(scope="module")
-def reference(curve):
+def reference():
     losses = curve(MeshConfig(), jax.devices()[:1])
     assert losses[-1] < losses[0] - 0.5, "a curve that does not fall would agree too easily"
     return losses
 
 
-def test_a_checkpoint_goes_on_with_experts_on_other_devices(curve, reference, tmp_path):
+def test_a_checkpoint_goes_on_with_experts_on_other_devices(reference, tmp_path):
     """From one expert on each device to all on one: with the optimizer's state, or the curve would be another."""
     losses = curve(MeshConfig(data=1, expert=8), stop=3, folder=tmp_path)
     losses += curve(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), stop=6, folder=tmp_path)
@@ -50,17 +34,11 @@ def test_a_checkpoint_goes_on_with_experts_on_other_devices(curve, reference, tm
 @pytest.mark.slow  # tests/moe/test_meshes.py has the same exchange on one process's devices, and is quick
 def test_two_processes(reference):
     """Tokens travel to the experts of the other process, within each process first."""
-    try:
-        free_port()
-    except OSError as error:
-        pytest.skip(f"processes cannot meet: no socket on the loopback interface ({error})")
-    command = [sys.executable, str(SCRIPT), json.dumps({"data": 1, "expert": 8})]
-    for result in launch_local(command, 2, devices_per_process=4, timeout=300):
-        line = next(line for line in result.stdout.splitlines() if line.startswith('{"losses"'))
-        np.testing.assert_allclose(json.loads(line)["losses"], reference, rtol=1e-5)
+    for found in json_of_each("tests.moe.moe_curve", json.dumps({"data": 1, "expert": 8})):
+        np.testing.assert_allclose(found["losses"], reference, rtol=1e-5)
 
 
-def test_one_bit_between_replicas_of_the_experts(moe_curve):
+def test_one_bit_between_replicas_of_the_experts():
     """1-bit Adam over ``data``: two workers, whose experts lie on one device or on four, agree until updates are compressed, and both learn."""
     optimizer = onebit_adam(1e-2, freeze_step=5, clip=Clip(1.0), workers=Workers("data"))
     create = lambda: create_train_state(

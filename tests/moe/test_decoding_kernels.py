@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from effscale.models import MLPConfig
 from effscale.models.context import build_context
 from effscale.moe import MoEConfig, RouterConfig, decoding, top_k_routing
-from tests.kernels_pallas.packed_oracle import H100, lowered_for
+from tests.kernels_pallas.support import H100, lowered_for
 
 V5E = "TPU v5 lite"
 D_MODEL = 16

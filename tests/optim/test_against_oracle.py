@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onebit_oracle as oracle
 import optax
 import pytest
 
 from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import simulate_workers, worker_params
+from tests.optim import onebit_oracle as oracle
 
 SHAPES = [(5, 7), (3,), (2, 3, 4)]
 TARGETS = jnp.linspace(-1.0, 1.0, 4)

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from regression import MAKERS, batches, loss_fn, start, step_of
 
 from effscale.optim import Workers, mean_over_workers, skip_nonfinite
 from effscale.parallel import MeshConfig, collectives, per_worker, worker_params
 from effscale.training import Loss, create_train_state, make_train_step
+from tests.optim.regression import MAKERS, batches, loss_fn, start, step_of
 
 FROZEN = {"kernel": False, "bias": True}
 TRAINED = {"kernel": True, "bias": False}

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from regression import MAKERS, batches, run, start, step_of
 
 from effscale.optim import Workers
 from effscale.parallel import MeshConfig, per_worker, simulate_workers, worker_params
 from effscale.training import Loss, create_train_state, make_train_step
+from tests.optim.regression import MAKERS, batches, run, start, step_of
 
 
 def linear():

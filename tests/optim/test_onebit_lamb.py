@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from regression import run, step_of
 
 from effscale.optim import Workers, lamb, mean_over_workers, onebit_lamb
 from effscale.parallel import simulate_workers
+from tests.optim.regression import run, step_of
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

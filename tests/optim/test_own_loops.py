@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from regression import MAKERS, batches, run, start, step_of
 
 from effscale.optim import Workers
 from effscale.parallel import MeshConfig, PerWorker, per_worker, simulate_workers
+from tests.optim.regression import MAKERS, batches, run, start, step_of
 
 
 def on_arrays(function, tree):

@@ -6,10 +6,10 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
-from regression import alone_step_of, batches, run, start, step_of
 
 from effscale.optim import VarianceRatio, Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import simulate_workers
+from tests.optim.regression import alone_step_of, batches, run, start, step_of
 
 
 def test_variance_stays_once_frozen():

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from regression import MAKERS, alone_step_of, batches, start, step_of
 
 from effscale.optim import Workers, lamb, onebit_adam, params_without_variance
 from effscale.parallel import simulate_workers
+from tests.optim.regression import MAKERS, alone_step_of, batches, start, step_of
 
 
 def rows_after(mask, late):

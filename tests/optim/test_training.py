@@ -2,10 +2,7 @@
 
 import functools
 import json
-import pathlib
-import sys
 
-import gpt_onebit_curve as gpt
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +13,13 @@ from effscale.models import Transformer
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker, resize_workers, simulate_workers
 from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
-from tests.parallel.local_launch import free_port, launch_local
+from tests.optim import gpt_onebit_curve as gpt
+from tests.parallel.local_launch import json_of_each
 
 EXACT = {"onebit_adam": 7, "onebit_lamb": 7, "zero_one_adam": 3}
 """Losses before the first exchange of signs shows, which is where the order of sums begins to matter."""
 
 TWO, FOUR = ((MeshConfig(data=n), jax.devices()[:n]) for n in (2, 4))
-
-SCRIPT = pathlib.Path(__file__).with_name("gpt_onebit_curve.py")
-
 
 # What crosses the network, checkpoints and micro-batches are one code for all three; 0/1 Adam, which has all of it, stands for them.
 ONE = [
@@ -59,17 +54,10 @@ def losses_of_two(name):
 @pytest.mark.parametrize("name", gpt.OPTIMIZERS)
 def test_two_processes(name):
     """The exchange alone, between processes: tests/parallel/test_curves.py."""
-    try:
-        free_port()
-    except OSError as error:
-        pytest.skip(f"processes cannot meet: no socket on the loopback interface ({error})")
-    command = [sys.executable, str(SCRIPT), name, json.dumps({"data": 2})]
-    lines = [
-        next(line for line in result.stdout.splitlines() if line.startswith('{"losses"'))
-        for result in launch_local(command, 2, timeout=300)
-    ]
-    assert lines[0] == lines[1], "both processes see the same, to the last digit"
-    losses, expected = json.loads(lines[0])["losses"], losses_of_two(name)
+    mesh = json.dumps({"data": 2})
+    one, other = json_of_each("tests.optim.gpt_onebit_curve", name, mesh, devices=1)
+    assert one == other, "both processes see the same, to the last digit"
+    losses, expected = one["losses"], losses_of_two(name)
     np.testing.assert_allclose(losses[: EXACT[name]], expected[: EXACT[name]], rtol=1e-5)
     # Sums in another order differ in the last bit, which turns the sign of a number near zero.
     np.testing.assert_allclose(losses, expected, rtol=0.1)

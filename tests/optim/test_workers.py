@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from regression import MAKERS, alone_step_of, batches, loss_fn, run, start, step_of
 
 from effscale.optim import Workers, mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import (
@@ -19,6 +18,7 @@ from effscale.parallel import (
     worker_specs,
 )
 from effscale.training import Clip
+from tests.optim.regression import MAKERS, alone_step_of, batches, loss_fn, run, start, step_of
 
 
 @pytest.fixture(params=MAKERS)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from regression import batches, run, start, step_of
 
 from effscale.optim import Workers, zero_one_adam
 from effscale.parallel import simulate_workers
+from tests.optim.regression import batches, run, start, step_of
 
 
 def test_parameters_stay_between_synchronizations():

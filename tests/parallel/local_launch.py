@@ -1,152 +1,128 @@
-"""Run several JAX processes on one machine, to try out and test multi-process programs.
+"""Run a program in several JAX processes on this machine.
 
 ``python -m tests.parallel.local_launch --processes 2 --devices 4 -- python train.py`` starts ``train.py`` twice,
 each with four virtual CPU devices. The program must call ``effscale.parallel.initialize`` first.
 """
 
 import argparse
-import contextlib
-import dataclasses
+import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 
 from effscale.parallel.peers import LOST_PEER
-from effscale.parallel.startup import HEARTBEAT_VARIABLE, VARIABLES
+from effscale.parallel.startup import VARIABLES
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""Exit statuses of a process that was asked to stop and has saved its state; the others are saving, too."""
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 AFTER_A_LOSS = (LOST_PEER, -signal.SIGABRT)
-"""Exit statuses of a process that ended because another one was lost."""
-
-SECONDS_TO_SAVE = 60
-
-SECONDS_TO_END = 2
-"""Time that a lost process has to exit by itself: the other processes can notice its failure before it has ended."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessResult:
-    """The outcome of one process."""
-
-    process_id: int
-    """Number of the process, from 0."""
-    returncode: int
-    """Exit status; negative: the number of the signal that ended it."""
-    stdout: str
-    """Everything it wrote to standard output."""
-    stderr: str
-    """Everything it wrote to standard error."""
+"""Exit statuses of a process that ended because another one was lost, which has two seconds to end by itself."""
 
 
 class LaunchError(RuntimeError):
-    """A process failed or the time ran out; the message contains the end of its output.
+    """A process failed or the time ran out; the message has the end of its output, ``results`` those of all processes."""
 
-    Attributes:
-        results: The outcomes of the processes.
-        status: The exit status of the failed process as a shell reports it; 1 if the time ran out.
-    """
-
-    def __init__(self, message: str, results: list[ProcessResult], status: int = 1):
+    def __init__(self, message: str, results: list[subprocess.CompletedProcess[str]], status: int):
         super().__init__(message)
         self.results, self.status = results, status
 
 
-def launch_local(
-    argv: Sequence[str],
-    num_processes: int,
-    devices_per_process: int = 1,
-    *,
-    platform: str = "cpu",
-    env: Mapping[str, str] | None = None,
-    timeout: int | float | None = None,
-    heartbeat_timeout: int | None = None,
-    echo: bool = False,
-) -> list[ProcessResult]:
-    """Run a command in several processes that connect to each other through ``initialize``.
-
-    When one fails, the others are terminated at once, because they would wait for it in a collective. SIGTERM and Ctrl-C are
-    forwarded to the processes, which get the time they need to save; a second Ctrl-C terminates them immediately.
-
-    Args:
-        argv: The command, such as ``[sys.executable, "train.py"]``.
-        num_processes: Number of processes.
-        devices_per_process: Virtual CPU devices of each process.
-        platform: JAX_PLATFORMS of the processes.
-        env: Additional environment variables.
-        timeout: Seconds after which all processes are terminated.
-        heartbeat_timeout: As in ``DistributedConfig``, for a process that hangs; None keeps the default.
-        echo: Repeat their output line by line while they run, prefixed with the process number.
-
-    Returns:
-        One result per process, in order.
-
-    Raises:
-        ValueError: The command is empty, or there is less than one process or device.
-        LaunchError: A process failed, or the time ran out.
-    """
-    if not argv:
-        raise ValueError("argv must contain the program and its arguments, got an empty command")
-    for name, number in (
-        ("num_processes", num_processes),
-        ("devices_per_process", devices_per_process),
-        ("heartbeat_timeout", 1 if heartbeat_timeout is None else heartbeat_timeout),
-    ):
-        if number < 1:
-            raise ValueError(f"{name} must be 1 or more, got {number}")
+def environments(num_processes: int, devices_per_process: int = 1) -> list[dict[str, str]]:
+    """The environments in which ``initialize`` connects so many processes to each other."""
     address = f"127.0.0.1:{free_port()}"
     common = {
         **os.environ,
-        "JAX_PLATFORMS": platform,
+        "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices_per_process),
         # By default, the coordinator listens on every network interface of the machine.
         "JAX_COORDINATOR_BIND_ADDRESS": address,
-        **(env or {}),
         VARIABLES["coordinator"]: address,
         VARIABLES["num_processes"]: str(num_processes),
     }
-    if heartbeat_timeout is not None:
-        common[HEARTBEAT_VARIABLE] = str(heartbeat_timeout)
-    children: list[_Child] = []
+    return [common | {VARIABLES["process_id"]: str(i)} for i in range(num_processes)]
+
+
+def launch_local(
+    argv: Sequence[str], num_processes: int, devices_per_process: int = 1, *, timeout: float = 300
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a command in several processes; when one fails, the others are killed, as they would wait for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _launch(
+            list(argv), environments(num_processes, devices_per_process), folder, timeout
+        )
+
+
+def _launch(argv: list[str], each: list[dict[str, str]], folder: str, timeout: float):
+    processes, until = [], time.monotonic() + timeout
+    paths = [[pathlib.Path(folder, f"{i}.{kind}") for kind in "oe"] for i in range(len(each))]
     try:
-        with _signals_handed_on(children) as received:
-            for process_id in range(num_processes):
-                own = {**common, VARIABLES["process_id"]: str(process_id)}
-                child = _Child(argv, own, process_id, echo)
-                children.append(child)
-                for number in received:  # signals that came before it was in the list
-                    child.hand_on(number)
-            first_failed = _wait(children, timeout)
+        for environment, (out, err) in zip(each, paths, strict=True):
+            with open(out, "w") as out, open(err, "w") as err:
+                options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "cwd": ROOT}
+                processes.append(
+                    subprocess.Popen(argv, env=environment, stdout=out, stderr=err, **options)
+                )
+        guilty = _wait(processes, until)
     finally:
-        for child in children:
-            child.end()
-    results = [child.result() for child in children]
-    if first_failed is not None:
-        result = results[first_failed.process_id]
-        code = result.returncode
-        how = f"ended with status {code}"
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        others = "" if num_processes == 1 or code in STOPPED else ", and the others were terminated"
-        raise LaunchError(
-            f"process {result.process_id} of {num_processes} {how}{others}: {' '.join(argv)}\n{_tail(result)}",
-            results,
-            status=128 - code if code < 0 else code,
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    results = [
+        subprocess.CompletedProcess(
+            argv, process.returncode, *(p.read_text(errors="replace") for p in pair)
         )
-    if any(result.returncode for result in results):
-        tails = "\n".join(f"[{result.process_id}] {_tail(result)}" for result in results)
-        raise LaunchError(
-            f"{num_processes} processes did not finish within {timeout} s: {' '.join(argv)}\n{tails}",
-            results,
+        for process, pair in zip(processes, paths, strict=True)
+    ]
+    if guilty is None and not running:
+        return results
+    number, code = (0, 1) if guilty is None else (guilty, processes[guilty].returncode)
+    what = f"{len(each)} processes did not finish within {timeout} s"
+    if guilty is not None:
+        how = (
+            f"ended with status {code}"
+            if code > 0
+            else f"was killed by {signal.Signals(-code).name}"
         )
-    return results
+        what = f"process {number} of {len(each)} {how}"
+    tail = "\n".join((results[number].stdout + results[number].stderr).splitlines()[-20:])
+    message = f"{what}: {' '.join(argv)}\n{tail}"
+    raise LaunchError(message, results, 128 - code if code < 0 else code)
+
+
+def _wait(processes: Sequence[subprocess.Popen], until: float) -> int | None:
+    """The number of the process that failed, as soon as one has; None if all are done or the time is over."""
+    lost_at = None
+    while time.monotonic() < until:
+        codes = [process.poll() for process in processes]
+        failed = [number for number, code in enumerate(codes) if code]
+        if not failed and None not in codes:
+            return None
+        guilty = [number for number in failed if codes[number] not in AFTER_A_LOSS]
+        lost_at = lost_at or (time.monotonic() if failed else None)
+        if guilty or (failed and (None not in codes or time.monotonic() > lost_at + 2)):
+            return (guilty or failed)[0]
+        time.sleep(0.02)
+    return None
+
+
+def json_of_each(module: str, *words: str, processes: int = 2, devices: int = 4) -> list[Any]:
+    """The line of JSON that each process of a program prints; skips a test where processes cannot meet."""
+    try:
+        free_port()
+    except OSError as error:
+        pytest.skip(f"processes cannot meet: no socket on the loopback interface ({error})")
+    results = launch_local([sys.executable, "-m", module, *words], processes, devices)
+    lines = [result.stdout.splitlines() for result in results]
+    return [json.loads(next(x for x in own if x.startswith("{"))) for own in lines]
 
 
 def free_port() -> int:
@@ -156,154 +132,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class _Child:
-    """One process in a separate session, with threads that read its output."""
-
-    def __init__(self, argv: Sequence[str], env: dict[str, str], process_id: int, echo: bool):
-        self.process_id = process_id
-        self.process = subprocess.Popen(
-            argv,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self._lines: tuple[list[str], list[str]] = ([], [])
-        self._handed_on: set[int] = set()
-        streams = (self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)
-        self._readers = [
-            threading.Thread(
-                target=self._read, args=(source, lines, sink if echo else None), daemon=True
-            )
-            for (source, sink), lines in zip(streams, self._lines, strict=True)
-        ]
-        for reader in self._readers:
-            reader.start()
-
-    def _read(self, source, lines, sink):
-        with source:
-            for line in source:
-                lines.append(line)
-                if sink is not None:
-                    sink.write(f"[{self.process_id}] {line}")
-                    sink.flush()
-
-    def hand_on(self, number: int) -> None:
-        """Forward a signal to the process, once."""
-        if number not in self._handed_on and self.process.poll() is None:
-            self._handed_on.add(number)
-            self.process.send_signal(number)
-
-    def end(self) -> None:
-        """End the process and everything it has started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def result(self) -> ProcessResult:
-        for reader in self._readers:
-            reader.join(timeout=5)
-        stdout, stderr = map("".join, self._lines)
-        return ProcessResult(
-            process_id=self.process_id,
-            returncode=self.process.wait(),
-            stdout=stdout,
-            stderr=stderr,
-        )
-
-
-def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
-    """Wait until all have finished, one has failed (the first to fail is returned), or the time is over."""
-    until = None if timeout is None else time.monotonic() + timeout
-    first_seen = None
-    while until is None or time.monotonic() < until:
-        codes = [child.process.poll() for child in children]
-        failed = [(child, code) for child, code in zip(children, codes, strict=True) if code]
-        if not failed and None not in codes:
-            return None
-        if failed:
-            first_seen = first_seen or time.monotonic()
-            # A process that ended because another one was lost is not the one to report.
-            guilty = [(child, code) for child, code in failed if code not in AFTER_A_LOSS]
-            seconds = 0
-            if not guilty:
-                seconds = SECONDS_TO_END
-            elif all(code in STOPPED for _, code in guilty):
-                seconds = SECONDS_TO_SAVE
-            if None not in codes or time.monotonic() - first_seen > seconds:
-                return (guilty or failed)[0][0]
-        time.sleep(0.02)
-    return None
-
-
-@contextlib.contextmanager
-def _signals_handed_on(children: Sequence[_Child]) -> Iterator[list[int]]:
-    """Forward SIGTERM and SIGINT to the processes, which are in separate sessions; a second SIGINT raises KeyboardInterrupt here.
-
-    Yields:
-        The signals received so far, in a list that grows.
-    """
-    received: list[int] = []
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in received:
-            raise KeyboardInterrupt
-        received.append(number)
-        for child in children:
-            child.hand_on(number)
-
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _tail(result: ProcessResult, lines: int = 20) -> str:
-    return "\n".join((result.stdout + result.stderr).splitlines()[-lines:])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status, that of the process that failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.parallel.local_launch",
-        description="Run a command in several JAX processes on this machine.",
-    )
-    parser.add_argument("--processes", type=int, default=2, help="number of processes (default 2)")
-    parser.add_argument(
-        "--devices", type=int, default=1, help="virtual CPU devices of each process (default 1)"
-    )
-    parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS (default cpu)")
-    parser.add_argument(
-        "--timeout", type=float, help="seconds after which all processes are terminated"
-    )
-    parser.add_argument(
-        "--heartbeat-timeout",
-        type=int,
-        help="seconds without a heartbeat after which a process counts as lost (default 30)",
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.parallel.local_launch")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each")
     parser.add_argument("command", nargs="+", help="the command, after --")
     options = parser.parse_args(arguments)
     try:
-        launch_local(
-            options.command,
-            options.processes,
-            options.devices,
-            platform=options.platform,
-            timeout=options.timeout,
-            heartbeat_timeout=options.heartbeat_timeout,
-            echo=True,
-        )
-    except ValueError as error:
-        parser.error(str(error))
+        launch_local(options.command, options.processes, options.devices, timeout=900)
     except LaunchError as error:
-        print(str(error).splitlines()[0], file=sys.stderr)
+        print(error, file=sys.stderr)
         return error.status
     return 0
 

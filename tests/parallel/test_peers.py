@@ -1,4 +1,3 @@
-import os
 import pathlib
 import subprocess
 import sys
@@ -6,28 +5,16 @@ import sys
 import pytest
 
 from effscale.parallel.peers import LOST_PEER, ending_together, on_first
-from effscale.parallel.startup import VARIABLES
-from tests.parallel.local_launch import free_port
+from tests.parallel.local_launch import environments
 
 PROGRAM = pathlib.Path(__file__).with_name("lost_peer.py")
 
 
 def both(*words):
     """What becomes of two processes that nobody ends from outside: status, stdout and stderr of each, and their pids."""
-    address = f"127.0.0.1:{free_port()}"
-    shared = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    shared |= {VARIABLES["coordinator"]: address, VARIABLES["num_processes"]: "2"}
-    shared |= {"JAX_COORDINATOR_BIND_ADDRESS": address}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), *words],
-            env=os.environ | shared | {VARIABLES["process_id"]: str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    command = [sys.executable, str(PROGRAM), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=each, **pipes) for each in environments(2)]
     try:
         outputs = [process.communicate(timeout=120) for process in processes]
     finally:

@@ -60,4 +60,4 @@ with jax.set_mesh(mesh):
     for _ in range(2):
         state, metrics = step(state, batch)
 names = ("score", "score_even", "score_model", "kl", "actor_loss")
-print("metrics", json.dumps({name: float(metrics[name]) for name in names}))
+print(json.dumps({name: float(metrics[name]) for name in names}))

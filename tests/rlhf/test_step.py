@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +30,7 @@ from effscale.rlhf import (
 from effscale.rlhf.rollout import rollout_model
 from effscale.rlhf.scores import total_score
 from effscale.training import Checkpoints, create_train_state, fit, make_train_step, resume_or_start
-from tests.parallel.local_launch import launch_local
+from tests.parallel.local_launch import json_of_each
 
 VOCAB, PROMPT, RESPONSE, ROWS = 32, 4, 6, 16
 SAMPLING = SamplingConfig(
@@ -380,12 +377,7 @@ def test_greedy_responses_have_the_same_log_probs(made):
 
 def test_two_processes_learn_what_one_does():
     """Rewards read arrays that no process holds whole."""
-    script = [sys.executable, str(pathlib.Path(__file__).with_name("processes_step.py"))]
-    said = []
-    for processes in (1, 2):
-        options = {"num_processes": processes, "devices_per_process": 2 // processes}
-        for result in launch_local(script, **options, timeout=300):
-            line = next(x for x in result.stdout.splitlines() if x.startswith("metrics "))
-            said.append(json.loads(line.removeprefix("metrics ")))
-    for other in said[1:]:
-        assert other == pytest.approx(said[0], rel=1e-4)
+    run = lambda n: json_of_each("tests.rlhf.processes_step", processes=n, devices=2 // n)
+    (alone,) = run(1)
+    for other in run(2):
+        assert other == pytest.approx(alone, rel=1e-4)

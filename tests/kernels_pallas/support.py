@@ -1,4 +1,6 @@
-"""Codes of packed bytes in NumPy, and the machines that programs are lowered for."""
+"""What tests of several kernels share: their shapes, codes of packed bytes in NumPy, machines that programs are lowered for."""
+
+import functools
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ needs_gpu_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
     reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; jax 0.12 has",
 )
+named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
 
 
 def codes_of(packed, bits):
