@@ -26,6 +26,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
@@ -63,6 +64,12 @@ def getkey():
     """A callable that gives a fresh PRNG key at each call, the same ones in every run."""
     keys = iter(range(2**31))
     return lambda: jax.random.fold_in(jax.random.key(2022), next(keys))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the run-time type check of the tests, as users run it: that would refuse wrong values before the library does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # The legs of CI share the suite (.ci/run). What newer versions of JAX and Flax can break runs on the newest Python, without PyTorch;

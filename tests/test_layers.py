@@ -90,7 +90,9 @@ SLOW = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow",
         ("moe", SLOW, 70),
         ("quant", SLOW, 80),
         ("generation", SLOW, 50),
-        ("training", SLOW, 80),
+        ("training", ("rich.progress", *SLOW), 80),
+        ("rlhf", ("effscale.data", "effscale.rlhf.data"), 60),
+        ("rlhf.data", ("jinja2", "datasets", "grain", "pyarrow", "torch", "effscale.interop"), 50),
     ],
 )
 def test_public_names_import_little(package, absent, most):

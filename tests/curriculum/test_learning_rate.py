@@ -2,7 +2,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -103,8 +102,7 @@ def test_a_training_step_reports_it_and_skipped_updates_do_not_count():
         ({"final": 2.0}, r"final must be .*peak=1\.0, got 2\.0"),
     ],
 )
-def test_bad_schedules(fields, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_bad_schedules(fields, message, unchecked):
     with pytest.raises(ValueError, match=message):
         steps_then_tokens(**{"peak": 1.0, "warmup_steps": 1, "total_tokens": 9, **fields})
 

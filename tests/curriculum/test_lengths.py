@@ -1,6 +1,5 @@
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -216,8 +215,7 @@ def linear(low, high, total=30, **options):
         ),
     ],
 )
-def test_bad_curricula(fields, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_bad_curricula(fields, message, unchecked):
     with pytest.raises(ValueError, match=message):
         SequenceLengthCurriculum(**fields)
 

@@ -148,7 +148,7 @@ def test_a_folder_goes_back_as_its_family(case, fields, tmp_path):
 
 
 def test_the_coefficient_comes_back_for_any_number_of_layers():
-    for layers in range(1, 40):
+    for layers in (1, 2, 3, 7, 12, 24, 39):
         for k, coefficient in ((1, 0.001), (2, 0.01), (3, 0.02), (8, 1e-4)):
             fields = {"num_hidden_layers": layers, "num_experts_per_tok": k, "num_local_experts": 8}
             case = example(

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -207,15 +206,6 @@ def float_sizes(text):
                 if part.startswith("f32["):
                     dims = part[4:].split("]")[0]
                     yield int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
-
-
-@pytest.fixture
-def unchecked():
-    """The checker of types, which tests alone run, would refuse a wrong name before the library does."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_bad_input(unchecked):

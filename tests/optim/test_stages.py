@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -114,9 +113,7 @@ def test_options_out_of_range(maker, options, message):
         maker(0.1, **options)
 
 
-def test_several_axes_of_workers_are_refused(monkeypatch):
-    # Without the run-time type check of the test suite, as users run it: that would refuse them first.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_several_axes_of_workers_are_refused(unchecked):
     with pytest.raises(
         ValueError, match=r"axis_name must be the name of one .*got \('data', 'fsdp'\)"
     ):

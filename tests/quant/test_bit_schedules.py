@@ -6,7 +6,6 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -226,8 +225,7 @@ def test_schedules_by_layer_split_the_group():
     ],
     ids=str,
 )
-def test_impossible_schedules(fields, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_impossible_schedules(fields, message, unchecked):
     with pytest.raises(ValueError, match=message):
         BitSchedule(**{"start_bits": 8, "target_bits": 4, **fields})
 

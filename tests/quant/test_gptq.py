@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -91,9 +90,7 @@ def test_what_it_cannot_do(options, message):
         gptq(**{"kernel": jnp.asarray(KERNEL), "gram": jnp.asarray(GRAM)} | options)
 
 
-def test_a_gram_matrix_of_another_kernel(monkeypatch):
-    # Without the run-time type check of the test suite, as users run it: that would refuse it first.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_a_gram_matrix_of_another_kernel(unchecked):
     with pytest.raises(ValueError, match=r"kernel and gram must have shapes .* \(5, 5\)"):
         gptq(jnp.asarray(KERNEL), jnp.ones((5, 5)), Format())
 

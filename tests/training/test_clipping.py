@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -21,15 +20,12 @@ from effscale.training import Clip, make_train_step
         ({"norm": 1.0, "by": "globally"}, "by must be one of synchronized, local, got 'globally'"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message, monkeypatch):
-    # Without the run-time type check of the test suite, as users run it: that would refuse a string first.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_what_cannot_be_is_refused(options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         Clip(**options)
 
 
-def test_a_number_is_answered_with_the_object(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_a_number_is_answered_with_the_object(unchecked):
     loss = lambda model, batch, key: None
     for make in (
         lambda: make_train_step(loss, optax.sgd(1.0), clip=1.0),

@@ -3,7 +3,6 @@ import io
 import json
 import math
 import os
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -202,13 +201,3 @@ def test_many_writers_as_one():
     with pytest.raises(OSError, match="no"):
         writer.close()
     assert first.calls == second.calls == [(1, {"loss": 1.0}, {"t": 2.0}), "flush", "close"]
-
-
-def test_slow_libraries_are_imported_only_when_used(toy):
-    import subprocess
-
-    code = "import sys, effscale.training; print([m for m in ('orbax', 'tensorboardX', 'grain', 'rich.progress', 'matplotlib') if m in sys.modules])"
-    out = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout
-    assert out.strip() == "[]"

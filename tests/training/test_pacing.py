@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,9 +131,7 @@ def test_a_custom_function_is_latched_and_bounded():
         (lambda: DiscretePacing(difficulty=(1, 2, 3), max_step=(4, 4)), "max_step"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(make, message, monkeypatch):
-    # Without the run-time type check of the test suite, which would refuse a Literal first.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_what_cannot_be_is_refused_by_name(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -3,7 +3,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -67,9 +66,7 @@ def test_counts_of_billions_of_tokens(kind):
         ({"kind": "constant", "unit": "epochs"}, "unit must be one of .*tokens.*got 'epochs'"),
     ],
 )
-def test_bad_schedules(fields, message, monkeypatch):
-    # Without the run-time type check of the test suite, as users run it: that would refuse a Literal first.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_bad_schedules(fields, message, unchecked):
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**fields)
 
@@ -91,8 +88,7 @@ def test_bad_adamw(field, value):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), np.float64("inf"), "abc", None])
-def test_bad_learning_rates(value, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_bad_learning_rates(value, unchecked):
     with pytest.raises(ValueError, match=f"learning_rate must be .*got {re.escape(repr(value))}"):
         AdamWConfig().build(value)
 

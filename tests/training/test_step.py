@@ -3,7 +3,6 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -311,9 +310,7 @@ def test_evaluation_is_the_mean_over_all_tokens(toy):
         ({"ema_decay": "abc"}, "ema_decay must be in .*got 'abc'"),
     ],
 )
-def test_bad_options(toy, options, message, monkeypatch):
-    # Without the run-time type check of the test suite, as users run it: that would refuse a string first.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_bad_options(toy, options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make_train_step(toy.loss_fn, optax.sgd(1.0), **options)
 

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -312,8 +311,7 @@ SHARED, G1 = "shared_parameters", "different_groups.g1"
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else None,
 )
-def test_what_is_refused(path, value, message, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_what_is_refused(path, value, message, unchecked):
     config = changed(path, value)
     if path == f"{LR}.teacher_layer" and value:
         config["compression_training"][LR]["keep_number_layer"] = 1

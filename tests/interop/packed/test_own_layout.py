@@ -6,7 +6,6 @@ import struct
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -181,10 +180,9 @@ def test_damage(small, folder):
         load_packed(folder)
 
 
-def test_other_ways_to_load_and_save(small, folder, monkeypatch):
+def test_other_ways_to_load_and_save(small, folder, unchecked):
     with pytest.raises(FolderError, match=r"'effscale'.*with effscale\.interop\.load_packed"):
         load_pretrained(folder)
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(
         ValueError, match="layout must be one of compressed-tensors, effscale, got 'gguf'"
     ):
