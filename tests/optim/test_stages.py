@@ -76,9 +76,9 @@ def test_a_later_freeze_step_begins_anew():
     )
     rows = list(batches(6))
     params, state = start(), early.init(start())
+    first, step = (jax.jit(simulate_workers(step_of(o), 2)) for o in (early, late))
     for i, batch in enumerate(rows[:5]):
-        step = simulate_workers(step_of(early if i < 4 else late), 2)
-        params, state, _ = step(params, state, batch)
+        params, state, _ = (first if i < 4 else step)(params, state, batch)
     inner = state.inner[0]
     zeros = jax.tree.map(jnp.zeros_like, inner.errors)
     assert any(x.any() for x in jax.tree.leaves(inner.errors))

@@ -12,8 +12,9 @@ from flax import nnx
 from effscale.models import Transformer
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker, resize_workers, simulate_workers
-from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
+from effscale.training import Clip, Loss, create_train_state, make_train_step, next_token_loss
 from tests.optim import gpt_onebit_curve as gpt
+from tests.optim.regression import batches, loss_fn, start
 from tests.parallel.local_launch import json_of_each
 
 EXACT = {"onebit_adam": 7, "onebit_lamb": 7, "zero_one_adam": 3}
@@ -155,13 +156,12 @@ def test_nothing_is_lost_when_workers_change(reference):
 
 def test_a_step_that_is_skipped_sent_nothing():
     optimizer = onebit_adam(1e-3, freeze_step=6, workers=Workers("data", num_workers=2))
-    step = simulate_workers(make_train_step(next_token_loss, optimizer, axis_name="data"), 2)
-    model = Transformer(gpt.CONFIG, rngs=nnx.Rngs(0))
-    state = create_train_state(model, optimizer, key=jax.random.key(0))
-    step, batch = jax.jit(step), gpt.batch(0)
+    loss = lambda params, batch, key: Loss(loss_fn(params, batch), jnp.float32(1))
+    step = jax.jit(simulate_workers(make_train_step(loss, optimizer, axis_name="data"), 2))
+    state = create_train_state(start(), optimizer, key=jax.random.key(0))
+    batch = next(batches(1))
     state, metrics = step(state, batch)
     assert metrics["sent_bytes"] > 0
-    batch["loss_weights"] = np.full_like(batch["loss_weights"], np.nan)
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch | {"x": batch["x"].at[5, 0].set(jnp.nan)})
     assert int(state.skipped) == 1
     assert metrics["sent_bytes"] == 0
