@@ -217,20 +217,6 @@ def make_plan(
     )
 
 
-def check_technique(
-    technique: Technique,
-    schedules: DataEfficiencyConfig,
-    model: TransformerConfig,
-    *,
-    steps: int,
-    length: int,
-) -> None:
-    """Raise a ValueError where ``make_plan`` would."""
-    if technique in CURRICULA:
-        schedules.lengths(steps, length)
-    random_ltd(technique, schedules, model, steps, length)
-
-
 def random_ltd(
     technique: Technique,
     schedules: DataEfficiencyConfig,

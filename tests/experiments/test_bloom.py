@@ -113,7 +113,7 @@ def test_both_runs_leave_a_model(finished):
     assert not np.array_equal(*embeddings)
 
 
-@pytest.mark.slow  # test_finetune and test_pretraining stop and resume quicker runs
+@pytest.mark.slow  # tests/study stops and resumes quicker runs
 def test_a_run_that_is_stopped_in_each_part_is_the_same(finished, options, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "run")]
 

@@ -1,13 +1,16 @@
 """The study data_efficiency: a whole comparison on tiny models, the paper's run lowered, and wrong options."""
 
+import collections
 import dataclasses
 import json
+import math
 
 import jax
+import numpy as np
 import pytest
 
 from effscale.command.line import parse
-from effscale.data_efficiency import DataEfficiencyConfig
+from effscale.data_efficiency import DataEfficiencyConfig, rank_by_rarity
 from effscale.experiments import data_efficiency
 from effscale.experiments.data_efficiency import PRESETS, plan, run
 from effscale.experiments.shared.gpt import ModelConfig
@@ -70,6 +73,37 @@ def test_the_search_and_the_comparison_measure_different_rows(finished):
 
 def rows_text(config):
     return data_efficiency.Text(*data_efficiency.prepared_corpora(config))
+
+
+def test_rows_of_frequent_tokens_come_first(finished):
+    """The ranking and its pacing against slow counts."""
+    config, _ = finished
+    rows = data_efficiency.Rows(config, rows_text(config))
+    packed, size = rows.packed, config.batch_size
+    counts = collections.Counter(rows.store.tokens.tolist())
+    total = sum(max(counts[token], 1) for token in range(300))
+    rarity = [
+        math.floor(
+            sum(-math.log(counts[int(t)] / total) for t in [*r["input_ids"], r["labels"][-1]])
+        )
+        for r in (packed[i] for i in range(len(packed)))
+    ]
+    easiest = sorted(range(len(packed)), key=lambda row: (rarity[row], row))
+    assert rank_by_rarity(packed).samples.tolist() == easiest
+
+    row_of = {packed[i]["input_ids"].tobytes(): i for i in range(len(packed))}
+    place = {row: i for i, row in enumerate(easiest)}
+    steps = round(20 / config.efficiency.curriculum)
+    batches = iter(rows.train("cl", steps, seed=3))
+    for step in range(30):
+        seen = [place[row_of[row.tobytes()]] for row in next(batches)["input_ids"]]
+        # The root of degree 2 of the share of the curriculum's 20 steps, in percent of the rows.
+        percent = min(100, math.floor(math.sqrt(min(1, (step + 1) / 20)) * 99 + 1))
+        allowed = len(packed) if percent == 100 else len(packed) // 100 * percent
+        assert max(seen) < allowed
+        assert len(set(seen)) == min(size, allowed)
+    again = iter(rows.train("cl", steps, seed=4))
+    assert not np.array_equal(next(again)["input_ids"], next(batches)["input_ids"])
 
 
 def test_plain_training_reaches_its_own_loss_with_all_of_its_cost(finished):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -91,7 +90,6 @@ class Text:
 def prepared_corpora(
     config: TextPart,
     *,
-    tokenizer: pathlib.Path | None = None,
     seed: int = 0,
     on_error: Literal["raise", "skip"] | None = None,
 ) -> tuple[Any, Any]:
@@ -100,7 +98,6 @@ def prepared_corpora(
 
     Args:
         config: Config of the experiment, with ``corpus``.
-        tokenizer: A tokenizer file or its folder, to use instead of training one with ``vocab_size``.
         seed: Decides which documents are held out.
         on_error: What to do with a document that cannot be used; None uses the default of the source.
     """
@@ -112,8 +109,7 @@ def prepared_corpora(
         corpora = prepare_mixture(
             sources,
             config.cache or cache_folder("corpora"),
-            vocab_size=None if tokenizer else config.vocab_size,
-            tokenizer=tokenizer,
+            vocab_size=config.vocab_size,
             validation_fraction=config.validation_fraction,
             seed=seed,
             progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
