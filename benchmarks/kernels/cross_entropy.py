@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, make_single_device_sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -115,7 +115,7 @@ def _gradient(implementation: Any, token_axes: Sequence[str] = ()) -> Any:
 
 
 def _on_one(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
-    return _gradient(implementation).lower(*shape.abstract(SingleDeviceSharding(devices[0])))
+    return _gradient(implementation).lower(*shape.abstract(make_single_device_sharding(devices[0])))
 
 
 def _on_eight(shape: Shape, token_axes: Sequence[str], devices: Sequence[Any]) -> Any:

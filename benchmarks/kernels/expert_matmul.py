@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import make_single_device_sharding
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.aot import Program
@@ -155,7 +155,7 @@ def experts(operands: Operands, implementation: Any) -> jax.Array:
 
 
 def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
-    operands = shape.abstract(SingleDeviceSharding(devices[0]))
+    operands = shape.abstract(make_single_device_sharding(devices[0]))
     return jax.jit(functools.partial(experts, implementation=implementation)).lower(operands)
 
 

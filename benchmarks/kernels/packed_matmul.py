@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import make_single_device_sharding
 from jaxtyping import Array, Float, Int8
 
 from kernels_pallas.aot import Program
@@ -167,7 +167,7 @@ def with_tag(tag: str) -> tuple[Shape, ...]:
 
 def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
     function = functools.partial(packed_matmul, bits=shape.bits, implementation=implementation)
-    return jax.jit(function).lower(*shape.abstract(SingleDeviceSharding(devices[0])))
+    return jax.jit(function).lower(*shape.abstract(make_single_device_sharding(devices[0])))
 
 
 def programs() -> list[Program]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import make_single_device_sharding
 from jaxtyping import Array, Float, Int8, Int32
 
 from kernels_pallas.aot import Program
@@ -170,7 +170,7 @@ def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
     function = functools.partial(
         quantized_matmul, bits=shape.bits, activation=jax.nn.silu, implementation=implementation
     )
-    return jax.jit(function).lower(*shape.abstract(SingleDeviceSharding(devices[0])))
+    return jax.jit(function).lower(*shape.abstract(make_single_device_sharding(devices[0])))
 
 
 def programs() -> list[Program]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import make_single_device_sharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from kernels_pallas.aot import Program
@@ -121,14 +121,14 @@ def with_tag(tag: str) -> tuple[Shape, ...]:
 
 
 def _compress(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
-    types, _ = shape.abstract(SingleDeviceSharding(devices[0]))
+    types, _ = shape.abstract(make_single_device_sharding(devices[0]))
     function = functools.partial(api.compress, size=shape.size, implementation=implementation)
     # The old sums are no longer needed, and the new ones replace them in memory.
     return jax.jit(function, donate_argnums=1).lower(*types)
 
 
 def _average(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
-    _, types = shape.abstract(SingleDeviceSharding(devices[0]))
+    _, types = shape.abstract(make_single_device_sharding(devices[0]))
     function = functools.partial(api.average, implementation=implementation)
     return jax.jit(function, donate_argnums=2).lower(*types)
 

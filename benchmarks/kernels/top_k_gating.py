@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import make_single_device_sharding
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.aot import Program
@@ -88,7 +88,7 @@ def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
     def run(logits, used):
         return top_k_gating(logits, shape.k, used, normalize=True, implementation=implementation)
 
-    return jax.jit(run).lower(*shape.abstract(SingleDeviceSharding(devices[0])))
+    return jax.jit(run).lower(*shape.abstract(make_single_device_sharding(devices[0])))
 
 
 def programs() -> list[Program]:

@@ -217,7 +217,7 @@ def load_items(path: AnyPath, items: Mapping[str, Any]) -> dict[str, Any]:
         for item, tree in items.items()
     }
     check_structure(saved, describe(as_saved), path)
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    default = jax.sharding.make_single_device_sharding(jax.local_devices()[0])
 
     def wanted(leaf: Any) -> Any:
         if not hasattr(leaf, "dtype"):

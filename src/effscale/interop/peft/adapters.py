@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding
 
 from effscale.interop.companions import write_json
 from effscale.interop.files.safetensors import SafetensorsFile
@@ -267,7 +267,7 @@ def _adapted(variable: nnx.Variable, a: Any, b: Any, scale: float) -> nnx.Variab
     if isinstance(where, NamedSharding):
         places = shardings(variable.replace(LoRA(weight, a, b, scale)), where.mesh).get_value()
         a, b = _placed(a, places.a), _placed(b, places.b)
-    elif isinstance(where, SingleDeviceSharding):
+    elif where is not None and len(where.device_set) == 1:
         a, b = _placed(a, where), _placed(b, where)
     else:
         a, b = jax.device_put((a, b))
