@@ -22,7 +22,7 @@ def bowl(best: Point):
 def test_what_is_found_is_better_than_all_its_neighbours_wherever_the_walk_starts(start):
     best = Point(4e-3, 60)
     loss_of, asked = bowl(best)
-    found = Search(learning_rate_factor=2.0, points=30).climb(start, loss_of, steps=600)
+    found = Search(learning_rate_factor=2.0, points=30).climb(start, loss_of)
     assert found.best == best
     assert found.settled
     around = {Point(2e-3, 60), Point(8e-3, 60), Point(4e-3, 30), Point(4e-3, 120)}
@@ -32,17 +32,17 @@ def test_what_is_found_is_better_than_all_its_neighbours_wherever_the_walk_start
 
 @pytest.mark.parametrize("start", [Point(1.23456e-3, 7), Point(1e-3, 0), Point(1e-3, 10)])
 def test_the_start_is_tried_as_it_was_given(start):
-    """Neither the rounding of the grid nor the bounds of the warmup, here from 1 to 9, move it."""
+    """Neither the rounding of the grid nor the least warmup of 1 moves it."""
     search = Search(learning_rate_factor=2.0, points=30)
-    found = search.climb(start, lambda point: 0.0 if point == start else 1.0, steps=10)
+    found = search.climb(start, lambda point: 0.0 if point == start else 1.0)
     assert found.best == start
     assert found.settled
 
 
 def test_the_search_ends_with_its_points_and_says_that_it_did_not_settle():
     loss_of, asked = bowl(Point(1.0, 60))
-    found = Search(learning_rate_factor=2.0, points=6).climb(Point(1e-3, 60), loss_of, steps=600)
+    found = Search(learning_rate_factor=2.0, points=6).climb(Point(1e-3, 60), loss_of)
     assert (len(asked), found.settled) == (6, False)
     assert found.losses[found.best] == min(found.losses.values())
-    only = Search(points=1).climb(Point(1e-3, 60), loss_of, steps=600)
+    only = Search(points=1).climb(Point(1e-3, 60), loss_of)
     assert (only.best, only.losses, only.settled, len(asked)) == (Point(1e-3, 60), {}, False, 6)

@@ -46,16 +46,13 @@ class Search(Options):
         wanted = f"at least seeds={seeds}, so that no compared run uses it"
         check(self, self.seed >= seeds, "seed", wanted)
 
-    def climb(
-        self, start: Point, loss_of: Callable[[Point], float], *, steps: int | None = None
-    ) -> "Found":
+    def climb(self, start: Point, loss_of: Callable[[Point], float]) -> "Found":
         """Search for the pair with the lowest loss.
 
         Args:
             start: The starting point.
             loss_of: Makes a run and returns its loss, infinite if it diverged. It is called once for each pair, and
                 never if ``points`` is 1.
-            steps: Number of steps of a run, below which a warmup stays; None sets no bound.
 
         Example:
             >>> search = Search(learning_rate_factor=2.0)
@@ -69,8 +66,7 @@ class Search(Options):
                 return start  # exactly as given, without rounding
             rate = start.learning_rate * self.learning_rate_factor ** place[0]
             warmup = round(start.warmup * (self.warmup_factor or 1) ** place[1])
-            warmup = max(warmup, 1) if steps is None else min(max(warmup, 1), steps - 1)
-            return Point(float(f"{rate:.3g}"), warmup)
+            return Point(float(f"{rate:.3g}"), max(warmup, 1))
 
         if self.points == 1:
             return Found(best=start, losses={}, settled=False)
